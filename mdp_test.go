@@ -1,0 +1,219 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+// frames makes a message of its frames, spelled out as they are on the wire.
+func frames(spelled ...string) [][]byte {
+	message := make([][]byte, len(spelled))
+	for i, frame := range spelled {
+		message[i] = []byte(frame)
+	}
+	return message
+}
+
+// spell is the inverse of frames.
+func spell(message [][]byte) []string {
+	spelled := make([]string, len(message))
+	for i, frame := range message {
+		spelled[i] = string(frame)
+	}
+	return spelled
+}
+
+// The messages of DESIGN and RFC 7, as Parse must take them and Frames give them back.
+var wellFormed = []struct {
+	name    string
+	frames  [][]byte
+	message Message
+}{
+	{"request", frames("", "MDPC01", "echo", "hello"),
+		Message{Kind: KindClient, Service: []byte("echo"), Body: frames("hello")}},
+	{"request without body", frames("", "MDPC01", "ls"),
+		Message{Kind: KindClient, Service: []byte("ls")}},
+	{"request with empty frames", frames("", "MDPC01", "echo", "", ""),
+		Message{Kind: KindClient, Service: []byte("echo"), Body: frames("", "")}},
+	{"request of any bytes", frames("", "MDPC01", "\x00\xff", "\x00\n\xfe", "MDPW01"),
+		Message{Kind: KindClient, Service: []byte("\x00\xff"), Body: frames("\x00\n\xfe", "MDPW01")}},
+	{"request with an address stack", frames("\x00abcd", "7", "", "MDPC01", "echo", "hello"),
+		Message{Address: frames("\x00abcd", "7"), Kind: KindClient, Service: []byte("echo"), Body: frames("hello")}},
+	{"address like a protocol", frames("MDPW01", "", "MDPC01", "echo"),
+		Message{Address: frames("MDPW01"), Kind: KindClient, Service: []byte("echo")}},
+	{"ready", frames("", "MDPW01", "\x01", "echo"),
+		Message{Kind: KindReady, Service: []byte("echo")}},
+	{"request to a worker", frames("", "MDPW01", "\x02", "A", "", "hello"),
+		Message{Kind: KindRequest, Client: frames("A"), Body: frames("hello")}},
+	{"request to a worker without body", frames("", "MDPW01", "\x02", "A", ""),
+		Message{Kind: KindRequest, Client: frames("A")}},
+	{"request to a worker with an address stack", frames("", "MDPW01", "\x02", "A", "7", "", "", "x"),
+		Message{Kind: KindRequest, Client: frames("A", "7"), Body: frames("", "x")}},
+	{"reply", frames("", "MDPW01", "\x03", "A", "", "one", "two"),
+		Message{Kind: KindReply, Client: frames("A"), Body: frames("one", "two")}},
+	{"heartbeat", frames("", "MDPW01", "\x04"), Message{Kind: KindHeartbeat}},
+	{"disconnect", frames("", "MDPW01", "\x05"), Message{Kind: KindDisconnect}},
+}
+
+func TestEveryMessageOfTheProtocolIsParsedAndFormatted(t *testing.T) {
+	for _, test := range wellFormed {
+		t.Run(test.name, func(t *testing.T) {
+			m, err := Parse(test.frames)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !sameMessage(m, test.message) {
+				t.Errorf("Parse(%q) = %+v, want %+v", test.frames, m, test.message)
+			}
+			if got := m.Frames(); !reflect.DeepEqual(spell(got), spell(test.frames)) {
+				t.Errorf("Frames() = %q, want %q", got, test.frames)
+			}
+		})
+	}
+}
+
+func TestSlipsOfRealPeersAreForgiven(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		frames [][]byte
+		want   Message
+	}{
+		{"DISCONNECT of Dispatchr Backbone's broker", frames("MDPW01", "\x05"), Message{Kind: KindDisconnect}},
+		{"DISCONNECT of its Node.js service", frames("", "MDPW01", "\x05", "echo"), Message{Kind: KindDisconnect}},
+		{"surplus after READY", frames("", "MDPW01", "\x01", "echo", "1.0"),
+			Message{Kind: KindReady, Service: []byte("echo")}},
+		{"surplus after HEARTBEAT", frames("", "MDPW01", "\x04", ""), Message{Kind: KindHeartbeat}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			m, err := Parse(test.frames)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !sameMessage(m, test.want) {
+				t.Errorf("Parse(%q) = %+v, want %+v", test.frames, m, test.want)
+			}
+		})
+	}
+}
+
+func TestMalformedMessagesAreRefusedWithAReason(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		frames [][]byte
+		reason string
+	}{
+		{"no frames", nil, "no MDPC01 or MDPW01"},
+		{"an empty frame", frames(""), "no MDPC01 or MDPW01"},
+		{"one frame", frames("hello"), "no MDPC01 or MDPW01"},
+		{"wrong version", frames("", "MDPC02", "echo", "x"), "no MDPC01 or MDPW01"},
+		{"protocol after two empty frames", frames("", "", "MDPC01", "echo"), "no MDPC01 or MDPW01"},
+		{"no service", frames("", "MDPC01"), "no service name"},
+		{"empty service", frames("", "MDPC01", "", "x"), "no service name"},
+		{"READY without service", frames("", "MDPW01", "\x01"), "no service name"},
+		{"READY with an empty service", frames("", "MDPW01", "\x01", ""), "no service name"},
+		{"no command", frames("", "MDPW01"), "no one-byte command"},
+		{"empty command", frames("", "MDPW01", ""), "no one-byte command"},
+		{"long command", frames("", "MDPW01", "\x01\x01", "echo"), "no one-byte command"},
+		{"command 0", frames("", "MDPW01", "\x00", "echo"), "unknown command 0x00"},
+		{"command 6", frames("", "MDPW01", "\x06"), "unknown command 0x06"},
+		{"command 255", frames("", "MDPW01", "\xff"), "unknown command 0xff"},
+		{"REPLY without address", frames("", "MDPW01", "\x03"), "no empty frame"},
+		{"REPLY without delimiter", frames("", "MDPW01", "\x03", "A", "x"), "no empty frame"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			m, err := Parse(test.frames)
+			if err == nil {
+				t.Fatalf("Parse(%q) = %+v, want an error", test.frames, m)
+			}
+			if !strings.Contains(err.Error(), test.reason) {
+				t.Errorf("Parse(%q): %v, want %q in it", test.frames, err, test.reason)
+			}
+		})
+	}
+}
+
+func TestMissingServiceIsToldApartFromOtherErrors(t *testing.T) {
+	if _, err := Parse(frames("", "MDPC01", "")); !errors.Is(err, errNoService) {
+		t.Errorf("got %v, want errNoService", err)
+	}
+}
+
+func TestStatusReplyIsRecognisedByItsThirdAndLastFrame(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		body   [][]byte
+		status int // -1: it is data
+		stderr string
+	}{
+		{"failed command", frames("out", "err", "exit status 3"), 3, "err"},
+		{"success with standard error", frames("out", "err", "exit status 0"), 0, "err"},
+		{"killed command", frames("", "", "exit status 137"), 137, ""},
+		{"failure of Dispatchr Backbone", frames("Error", "no such file"), 1, "no such file\n"},
+		{"one frame", frames("exit status 1"), -1, ""},
+		{"third of four", frames("a", "b", "exit status 1", "c"), -1, ""},
+		{"no number", frames("a", "b", "exit status "), -1, ""},
+		{"negative", frames("a", "b", "exit status -1"), -1, ""},
+		{"more than a status can be", frames("a", "b", "exit status 256"), -1, ""},
+		{"in a sentence", frames("a", "b", "exit status 1 or so"), -1, ""},
+		{"three frames of data", frames("a", "b", "c"), -1, ""},
+		{"two frames of data", frames("error", "x"), -1, ""},
+		{"nothing", nil, -1, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			stdout, stderr, status, ok := parseStatusReply(test.body)
+			if !ok {
+				status = -1
+			}
+			if status != test.status {
+				t.Fatalf("status %d, want %d", status, test.status)
+			}
+			if ok && string(stderr) != test.stderr {
+				t.Errorf("standard error %q, want %q", stderr, test.stderr)
+			}
+			if ok && len(test.body) == 3 && string(stdout) != string(test.body[0]) {
+				t.Errorf("standard output %q, want %q", stdout, test.body[0])
+			}
+		})
+	}
+}
+
+func TestStatusReplyIsSpelledAsOthersExpectIt(t *testing.T) {
+	got := statusReply([]byte("out"), []byte("err"), 69)
+	if want := []string{"out", "err", "exit status 69"}; !reflect.DeepEqual(spell(got), want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// FuzzParse holds that no frames crash Parse, and that what it accepts says the same
+// when it is formatted and parsed again. Frames are separated by newlines here.
+func FuzzParse(f *testing.F) {
+	for _, test := range wellFormed {
+		f.Add(bytes.Join(test.frames, []byte("\n")))
+	}
+	f.Add([]byte("MDPW01\n\x05"))
+	f.Add([]byte("A\nMDPW01\n\x03\nB\n\nMDPC01\nx"))
+	f.Fuzz(func(t *testing.T, joined []byte) {
+		message := bytes.Split(joined, []byte("\n"))
+		m, err := Parse(message)
+		if err != nil {
+			return
+		}
+		again, err := Parse(m.Frames())
+		if err != nil {
+			t.Fatalf("%q is %+v, whose frames %q do not parse: %v", message, m, m.Frames(), err)
+		}
+		if !sameMessage(m, again) {
+			t.Fatalf("%q is %+v, but its frames are %+v", message, m, again)
+		}
+	})
+}
+
+// sameMessage compares messages by their frames: no frames and none are the same.
+func sameMessage(a, b Message) bool {
+	same := func(a, b [][]byte) bool { return reflect.DeepEqual(spell(a), spell(b)) }
+	return a.Kind == b.Kind && string(a.Service) == string(b.Service) &&
+		same(a.Address, b.Address) && same(a.Client, b.Client) && same(a.Body, b.Body)
+}
