@@ -1,0 +1,623 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	zmq "github.com/pebbe/zmq4"
+)
+
+// A fakeRouter is a broker without a socket: it records what the broker sends, and
+// its clock goes only when told to.
+type fakeRouter struct {
+	*Broker
+	t      *testing.T
+	sent   [][]string       // since the last call of expect
+	failed map[string]error // identities that cannot be sent to
+	log    strings.Builder
+	clock  time.Time
+}
+
+func newFakeRouter(t *testing.T) *fakeRouter {
+	r := &fakeRouter{t: t, failed: map[string]error{}, clock: time.Unix(0, 0)}
+	send := func(frames [][]byte) error {
+		if err := r.failed[string(frames[0])]; err != nil {
+			return err
+		}
+		r.sent = append(r.sent, spell(frames))
+		return nil
+	}
+	flags := heartbeatFlags{Heartbeat: duration(time.Second), Liveness: 5}
+	r.Broker = NewBroker(flags, send, slog.New(slog.NewTextHandler(&r.log, nil)))
+	r.Tick(r.clock)
+	return r
+}
+
+// from lets the broker receive a message of a peer's.
+func (r *fakeRouter) from(spelled ...string) {
+	r.t.Helper()
+	r.Receive(frames(spelled...))
+}
+
+// pass lets n heartbeats go by.
+func (r *fakeRouter) pass(n int) {
+	for range n {
+		r.clock = r.clock.Add(time.Second)
+		r.Tick(r.clock)
+	}
+}
+
+// expect checks what was sent since the last time, in this order. A frame of "*"
+// stands for any; those are returned, in order.
+func (r *fakeRouter) expect(want ...[]string) (wild []string) {
+	r.t.Helper()
+	if len(r.sent) != len(want) {
+		r.t.Fatalf("the broker sent %q, want %q", r.sent, want)
+	}
+	for i := range want {
+		if len(r.sent[i]) != len(want[i]) {
+			r.t.Fatalf("the broker sent %q, want %q", r.sent[i], want[i])
+		}
+		for j, frame := range want[i] {
+			if frame == "*" {
+				wild = append(wild, r.sent[i][j])
+			} else if frame != r.sent[i][j] {
+				r.t.Fatalf("the broker sent %q, want %q", r.sent[i], want[i])
+			}
+		}
+	}
+	r.sent = nil
+	return wild
+}
+
+// expectLog checks that the log has a line with each of the words.
+func (r *fakeRouter) expectLog(count int, words ...string) {
+	r.t.Helper()
+	n := 0
+	for line := range strings.Lines(r.log.String()) {
+		if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+			n++
+		}
+	}
+	if n != count {
+		r.t.Errorf("%d lines with %q in the log, want %d:\n%s", n, words, count, &r.log)
+	}
+}
+
+func toWorker(identity, token string, body ...string) []string {
+	return append([]string{identity, "", "MDPW01", "\x02", token, ""}, body...)
+}
+
+func heartbeatTo(identity string) []string  { return []string{identity, "", "MDPW01", "\x04"} }
+func disconnectTo(identity string) []string { return []string{identity, "", "MDPW01", "\x05"} }
+
+func TestRequestGoesToAWorkerAndItsReplyBack(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.expect()
+	r.from("C", "", "MDPC01", "echo", "hello", "", "\x00\xff")
+	token := r.expect(toWorker("W", "*", "hello", "", "\x00\xff"))[0]
+	r.from("W", "", "MDPW01", "\x03", token, "", "good", "bye")
+	r.expect([]string{"C", "", "MDPC01", "echo", "good", "bye"})
+}
+
+func TestRequestsAndRepliesMayHaveNoBody(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "ls")
+	r.from("C", "", "MDPC01", "ls")
+	token := r.expect(toWorker("W", "*"))[0]
+	r.from("W", "", "MDPW01", "\x03", token, "")
+	r.expect([]string{"C", "", "MDPC01", "ls"})
+}
+
+func TestAddressStackComesBackUnchanged(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	stack := []string{"proxy", "\x00\x01\x02\x03\x04", "MDPW01", "7"}
+	r.from(append(stack, "", "MDPC01", "echo", "x")...)
+	token := r.expect(toWorker("W", "*", "x"))[0]
+	r.from("W", "", "MDPW01", "\x03", token, "", "y")
+	r.expect(append(stack, "", "MDPC01", "echo", "y"))
+}
+
+func TestWorkerGetsOnePrintableTokenAndNeverTheSame(t *testing.T) {
+	r := newFakeRouter(t)
+	seen := map[string]bool{}
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	for range 100 {
+		r.from("\x00bin", "deep", "", "MDPC01", "echo")
+		token := r.expect(toWorker("W", "*"))[0]
+		for _, c := range []byte(token) {
+			if c <= ' ' || c > '~' {
+				t.Fatalf("token %q is not printable", token)
+			}
+		}
+		if seen[token] {
+			t.Fatalf("token %q came twice", token)
+		}
+		seen[token] = true
+		r.from("W", "", "MDPW01", "\x03", token, "")
+		r.expect([]string{"\x00bin", "deep", "", "MDPC01", "echo"})
+	}
+}
+
+func TestLeastRecentlyUsedWorkerIsNext(t *testing.T) {
+	r := newFakeRouter(t)
+	var order []string
+	request := func() (worker, token string) {
+		r.from("C", "", "MDPC01", "echo")
+		wild := r.expect([]string{"*", "", "MDPW01", "\x02", "*", ""})
+		order = append(order, wild[0])
+		return wild[0], wild[1]
+	}
+	for _, w := range []string{"W1", "W2", "W3"} {
+		r.from(w, "", "MDPW01", "\x01", "echo")
+	}
+	w1, t1 := request()
+	w2, t2 := request()
+	r.from(w2, "", "MDPW01", "\x03", t2, "")
+	r.from(w1, "", "MDPW01", "\x03", t1, "")
+	r.sent = nil
+	request()
+	request()
+	request()
+	if want := []string{"W1", "W2", "W3", "W2", "W1"}; !reflect.DeepEqual(order, want) {
+		t.Errorf("workers were used in the order %q, want %q", order, want)
+	}
+}
+
+func TestRequestsWaitInOrderForAServiceThatIsNotThereYet(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("C1", "", "MDPC01", "late", "1")
+	r.from("C2", "", "MDPC01", "late", "2")
+	r.from("W", "", "MDPW01", "\x01", "other")
+	r.expect()
+	r.from("W1", "", "MDPW01", "\x01", "late")
+	token := r.expect(toWorker("W1", "*", "1"))[0]
+	r.from("W1", "", "MDPW01", "\x03", token, "", "done")
+	r.expect([]string{"C1", "", "MDPC01", "late", "done"}, toWorker("W1", "*", "2"))
+}
+
+func TestEachServiceHasItsOwnWorkers(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "a")
+	r.from("W2", "", "MDPW01", "\x01", "b\x00")
+	r.from("C", "", "MDPC01", "b\x00", "x")
+	r.expect(toWorker("W2", "*", "x"))
+	r.from("C", "", "MDPC01", "b\x00", "y")
+	r.expect()
+}
+
+func TestManagementServiceTellsWhetherANameIsServed(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "waited-for", "x")
+	for _, test := range []struct {
+		request []string
+		code    string
+	}{
+		{[]string{"mmi.service", "echo"}, "200"},
+		{[]string{"mmi.service", "waited-for"}, "404"},
+		{[]string{"mmi.service", "nobody"}, "404"},
+		{[]string{"mmi.service", ""}, "404"},
+		{[]string{"mmi.service"}, "400"},
+		{[]string{"mmi.service", "echo", "echo"}, "400"},
+		{[]string{"mmi.nonsense", "echo"}, "501"},
+		{[]string{"mmi.", "echo"}, "501"},
+	} {
+		r.from(append([]string{"C", "7", "", "MDPC01"}, test.request...)...)
+		r.expect([]string{"C", "7", "", "MDPC01", test.request[0], test.code})
+	}
+
+	// A busy worker serves its name as well.
+	r.from("C", "", "MDPC01", "echo")
+	r.expect(toWorker("W", "*"))
+	r.from("C", "", "MDPC01", "mmi.service", "echo")
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "200"})
+}
+
+func TestWorkerThatRegistersAManagementServiceIsDisconnected(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "mmi.service")
+	r.expect(disconnectTo("W"))
+	r.from("C", "", "MDPC01", "mmi.service", "mmi.service")
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
+}
+
+func TestUnknownWorkerIsToldToRegisterAnew(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x04")
+	r.expect(disconnectTo("W"))
+	r.from("W", "", "MDPW01", "\x03", "old", "", "reply")
+	r.expect(disconnectTo("W"))
+	r.from("W", "", "MDPW01", "\x05")
+	r.expect()
+}
+
+func TestProtocolBreakersAreDisconnectedAndTheirClientsTold(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		message []string
+	}{
+		{"second READY", []string{"", "MDPW01", "\x01", "echo"}},
+		{"READY for another name", []string{"", "MDPW01", "\x01", "other"}},
+		{"REQUEST", []string{"", "MDPW01", "\x02", "A", "", "x"}},
+		{"reply with the wrong token", []string{"", "MDPW01", "\x03", "wrong", "", "x"}},
+		{"reply without a token", []string{"", "MDPW01", "\x03", "", "x"}},
+		{"reply to the client itself", []string{"", "MDPW01", "\x03", "C", "", "x"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newFakeRouter(t)
+			r.from("W", "", "MDPW01", "\x01", "echo")
+			r.from("C", "", "MDPC01", "echo")
+			r.expect(toWorker("W", "*"))
+			r.from(append([]string{"W"}, test.message...)...)
+			r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 69"})
+			r.from("C", "", "MDPC01", "mmi.service", "echo")
+			r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
+		})
+	}
+}
+
+func TestReplyIsTakenOnceAndOnlyFromTheWorkerThatHasTheRequest(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "echo")
+	r.from("W2", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo")
+	token := r.expect(toWorker("W1", "*"))[0]
+	r.from("W2", "", "MDPW01", "\x03", token, "", "forged")
+	r.expect(disconnectTo("W2"))
+	r.from("W1", "", "MDPW01", "\x03", token, "", "true")
+	r.expect([]string{"C", "", "MDPC01", "echo", "true"})
+	r.from("W1", "", "MDPW01", "\x03", token, "", "again")
+	r.expect(disconnectTo("W1"))
+}
+
+func TestHeartbeatsGoToIdleAndBusyWorkers(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "a")
+	r.from("W2", "", "MDPW01", "\x01", "b")
+	r.from("C", "", "MDPC01", "a")
+	r.sent = nil
+	if next := r.Tick(r.clock.Add(time.Second / 2)); !next.Equal(r.clock.Add(time.Second)) {
+		t.Errorf("the next tick is due at %v, want in half a second", next)
+	}
+	r.expect()
+	r.pass(1)
+	slices.SortFunc(r.sent, slices.Compare)
+	r.expect(heartbeatTo("W1"), heartbeatTo("W2"))
+}
+
+func TestHeartbeatIsNeverAnsweredWithOne(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	for range 10 {
+		r.from("W", "", "MDPW01", "\x04")
+	}
+	r.expect()
+}
+
+func TestSilentIdleWorkerIsDisconnected(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.pass(5)
+	r.expect(slices.Repeat([][]string{heartbeatTo("W")}, 5)...)
+	r.pass(1)
+	r.expect(disconnectTo("W"))
+	r.from("C", "", "MDPC01", "mmi.service", "echo")
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
+}
+
+func TestAnyCommandCountsAsAHeartbeat(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	for range 4 {
+		r.pass(4)
+		r.from("C", "", "MDPC01", "echo")
+		r.sent = r.sent[4:]
+		token := r.expect(toWorker("W", "*"))[0]
+		r.from("W", "", "MDPW01", "\x03", token, "")
+		r.expect([]string{"C", "", "MDPC01", "echo"})
+	}
+}
+
+func TestBrokerThatStoodStillBlamesNobody(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.clock = r.clock.Add(time.Hour)
+	r.Tick(r.clock)
+	r.expect(heartbeatTo("W"))
+}
+
+func TestWorkerThatCannotSendWhileBusyIsHeldOnlyToBeReachable(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo")
+	token := r.expect(toWorker("W", "*"))[0]
+	r.from("W", "", "MDPW01", "\x04") // crossed the request on its way
+	r.pass(1)
+	r.failed["W"] = errWouldBlock // it reads nothing either
+	r.pass(100)
+	delete(r.failed, "W")
+	r.from("W", "", "MDPW01", "\x03", token, "", "at last")
+	r.expect(heartbeatTo("W"), []string{"C", "", "MDPC01", "echo", "at last"})
+}
+
+func TestWorkerThatCanSendWhileBusyMustGoOn(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo")
+	r.pass(3)
+	r.from("W", "", "MDPW01", "\x04")
+	r.pass(5)
+	r.sent = nil
+	r.pass(1)
+	r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 69"})
+}
+
+var errGone = errors.New("no route to host")
+
+func TestRequestPassesWorkersThatCannotBeReached(t *testing.T) {
+	r := newFakeRouter(t)
+	for _, w := range []string{"W1", "W2", "W3"} {
+		r.from(w, "", "MDPW01", "\x01", "echo")
+	}
+	r.failed["W1"], r.failed["W2"] = errGone, errWouldBlock
+	r.from("C", "", "MDPC01", "echo", "x")
+	r.expect(toWorker("W3", "*", "x"))
+	r.expectLog(2, "worker lost")
+}
+
+func TestRequestWaitsWhenNoWorkerCanBeReached(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "echo")
+	r.failed["W1"] = errGone
+	r.from("C", "", "MDPC01", "echo", "x")
+	r.expect()
+	r.from("W2", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("W2", "*", "x"))
+}
+
+func TestWorkerFoundGoneAtAHeartbeatIsForgotten(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "idle")
+	r.from("W2", "", "MDPW01", "\x01", "busy")
+	r.from("C", "", "MDPC01", "busy")
+	r.expect(toWorker("W2", "*"))
+	r.failed["W1"], r.failed["W2"] = errGone, errGone
+	r.pass(1)
+	r.expect([]string{"C", "", "MDPC01", "busy", "", "*", "exit status 69"})
+	r.from("C", "", "MDPC01", "mmi.service", "idle")
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
+}
+
+func TestWorkerThatLeavesHandsItsRequestToTheNextAheadOfTheQueue(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "echo")
+	r.from("C1", "", "MDPC01", "echo", "first")
+	r.from("C2", "", "MDPC01", "echo", "second")
+	r.expect(toWorker("W1", "*", "first"))
+	r.from("W1", "", "MDPW01", "\x05")
+	r.expect()
+	r.from("W2", "", "MDPW01", "\x01", "echo")
+	token := r.expect(toWorker("W2", "*", "first"))[0]
+	r.from("W2", "", "MDPW01", "\x03", token, "", "done")
+	r.expect([]string{"C1", "", "MDPC01", "echo", "done"}, toWorker("W2", "*", "second"))
+}
+
+func TestReplyToAClientThatIsGoneHurtsNobody(t *testing.T) {
+	for _, err := range []error{errGone, errWouldBlock} {
+		r := newFakeRouter(t)
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		r.from("C1", "", "MDPC01", "echo")
+		token := r.expect(toWorker("W", "*"))[0]
+		r.failed["C1"] = err
+		r.from("W", "", "MDPW01", "\x03", token, "")
+		r.from("C2", "", "MDPC01", "echo")
+		r.expect(toWorker("W", "*"))
+	}
+}
+
+func TestServiceIsGoneWithItsLastWorkerAndRequest(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("W", "", "MDPW01", "\x05")
+	r.from("W", "", "MDPW01", "\x01", "lost")
+	r.pass(6)
+	for i := range 100 {
+		r.from("C", "", "MDPC01", "mmi.service", fmt.Sprint("stranger", i))
+	}
+	if len(r.services) != 0 || len(r.workers) != 0 {
+		t.Errorf("%d services and %d workers are left", len(r.services), len(r.workers))
+	}
+}
+
+func TestStopAnswersEveryRequestAndTakesLeaveOfEveryWorker(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "busy")
+	r.from("W2", "", "MDPW01", "\x01", "idle")
+	r.from("C1", "", "MDPC01", "busy")
+	r.from("C2", "", "MDPC01", "busy")
+	r.sent = nil
+	r.Stop()
+	slices.SortFunc(r.sent, slices.Compare)
+	r.expect(
+		[]string{"C1", "", "MDPC01", "busy", "", "*", "exit status 75"},
+		[]string{"C2", "", "MDPC01", "busy", "", "*", "exit status 75"},
+		disconnectTo("W1"), disconnectTo("W2"),
+	)
+}
+
+func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
+	r := newFakeRouter(t)
+	for range 3 {
+		r.from("stranger")
+		r.from("stranger", "")
+		r.from("stranger", "", "MDPC01")
+		r.from("stranger", "", "MDPW01", "\x09")
+		r.from("other", "", "MDPX01", "echo")
+		r.from("proxy", "deep", "", "MDPW01", "\x01", "echo")
+	}
+	r.Receive(nil)
+	r.expect()
+	r.expectLog(1, "bad message", "peer=stranger")
+	r.expectLog(1, "bad message", "peer=other", "no MDPC01 or MDPW01")
+	r.expectLog(1, "bad message", "peer=proxy", "no address but its identity")
+	r.expectLog(3, "")
+	if len(r.services) != 0 || len(r.workers) != 0 {
+		t.Error("bad messages left something behind")
+	}
+}
+
+func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
+	r := newFakeRouter(t)
+	for i := range 5000 {
+		r.from(fmt.Sprint("stranger", i))
+	}
+	if len(r.accused) > 1000 {
+		t.Errorf("the broker remembers %d strangers", len(r.accused))
+	}
+}
+
+// From here on: the wire, against raw sockets that spell the frames out.
+
+// startBroker runs a broker's loop until the end of the test.
+func startBroker(t *testing.T) (endpoint string) {
+	t.Helper()
+	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		flags := heartbeatFlags{Heartbeat: duration(50 * time.Millisecond), Liveness: 100}
+		err := serve(stop, socket, flags, slog.New(slog.DiscardHandler))
+		socket.Close()
+		ended <- err
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("the broker ended with %v", err)
+		}
+	})
+	return bound[0]
+}
+
+// A peer is a raw socket of a test.
+type peer struct {
+	*zmq.Socket
+	t *testing.T
+}
+
+func newPeer(t *testing.T, kind zmq.Type) peer {
+	t.Helper()
+	socket, err := zmq.NewSocket(kind)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { socket.Close() })
+	if err := errors.Join(socket.SetLinger(0), socket.SetRcvtimeo(10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return peer{socket, t}
+}
+
+func connectPeer(t *testing.T, kind zmq.Type, endpoint string) peer {
+	t.Helper()
+	p := newPeer(t, kind)
+	if err := p.Connect(endpoint); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func (p peer) send(spelled ...string) {
+	p.t.Helper()
+	if _, err := p.SendMessage(frames(spelled...)); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p peer) recv() []string {
+	p.t.Helper()
+	message, err := p.RecvMessageBytes(0)
+	if err != nil {
+		p.t.Fatalf("receive: %v", err)
+	}
+	return spell(message)
+}
+
+// recvBut receives the next message that is not this one.
+func (p peer) recvBut(but ...string) []string {
+	p.t.Helper()
+	for {
+		if message := p.recv(); !reflect.DeepEqual(message, but) {
+			return message
+		}
+	}
+}
+
+func (p peer) want(got []string, want ...string) {
+	p.t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		p.t.Fatalf("got %q, want %q", got, want)
+	}
+}
+
+var heartbeatFrames = []string{"", "MDPW01", "\x04"}
+
+func TestPeersWrittenFromTheRFCAreServed(t *testing.T) {
+	endpoint := startBroker(t)
+	worker := connectPeer(t, zmq.DEALER, endpoint)
+	worker.send("", "MDPW01", "\x01", "echo")
+	worker.want(worker.recv(), heartbeatFrames...)
+
+	// A REQ puts the empty frame on and takes it off itself.
+	client := connectPeer(t, zmq.REQ, endpoint)
+	client.send("MDPC01", "echo", "hello", "\x00\xff")
+	request := worker.recvBut(heartbeatFrames...)
+	if len(request) != 7 {
+		t.Fatalf("the worker got %q", request)
+	}
+	token := request[3]
+	worker.want(request, "", "MDPW01", "\x02", token, "", "hello", "\x00\xff")
+	worker.send("", "MDPW01", "\x03", token, "", "good", "", "bye")
+	client.want(client.recv(), "MDPC01", "echo", "good", "", "bye")
+
+	// A DEALER may have its own frames in front of the empty one.
+	dealer := connectPeer(t, zmq.DEALER, endpoint)
+	dealer.send("17", "", "MDPC01", "mmi.service", "echo")
+	dealer.want(dealer.recv(), "17", "", "MDPC01", "mmi.service", "200")
+
+	worker.send("", "MDPW01", "\x01", "echo")
+	worker.want(worker.recvBut(heartbeatFrames...), "", "MDPW01", "\x05")
+}
+
+func TestBrokerListensOnSeveralEndpoints(t *testing.T) {
+	ipc := "ipc://" + filepath.Join(t.TempDir(), "b")
+	socket, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	if bound[0] != ipc || !strings.HasPrefix(bound[1], "tcp://127.0.0.1:") || strings.HasSuffix(bound[1], ":0") {
+		t.Errorf("bound to %q", bound)
+	}
+	for _, endpoint := range bound {
+		client := connectPeer(t, zmq.DEALER, endpoint)
+		client.send("hello")
+		if message, err := socket.RecvMessageBytes(0); err != nil || string(message[1]) != "hello" {
+			t.Errorf("%s: received %q, %v", endpoint, message, err)
+		}
+	}
+}
