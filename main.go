@@ -61,6 +61,8 @@ type tool interface {
 func applets() []applet {
 	return []applet{
 		{"bbroker", brokerUsage, func() tool { return new(brokerTool) }},
+		{"bservice", serviceUsage, func() tool { return new(serviceTool) }},
+		{"brequest", requestUsage, func() tool { return new(requestTool) }},
 	}
 }
 

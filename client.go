@@ -1,0 +1,394 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"time"
+
+	"github.com/mattn/go-isatty"
+	zmq "github.com/pebbe/zmq4"
+)
+
+const requestUsage = `brequest asks a service and prints its reply.
+
+Usage: brequest [FLAGS] NAME [ARG...]
+
+The ARGs are the arguments of the request. Without any, each line of standard input is
+one, unless a terminal is there to type it. Flags go before the first ARG; an ARG that
+looks like a flag goes after --.
+
+  -t, --timeout DURATION  give up after so long; 0 waits for ever (30s)
+  -n, --no-input          do not read standard input
+  -0, --null              NUL bytes end the arguments on standard input, and the frames
+                          of a reply that has several, instead of newlines
+      --stdin             send all of standard input, as it is, as one last argument
+      --host HOST         host of the broker (127.0.0.1)
+      --port PORT         port of the broker (5555)
+      --broker ENDPOINT   the broker instead, tcp://HOST:PORT or ipc:///PATH
+  -q, --quiet             say nothing but errors
+  -v, --verbose           say each message
+  -h, --help
+      --version
+
+Durations have a unit or are seconds: 500ms, 2.5, 1m.
+
+What the service's command prints goes to standard output, byte for byte, and what it
+says to standard error. A reply of several frames is printed one a line.
+
+Environment, where no flag says otherwise:
+  BACKBONE_HOST, BACKBONE_PORT, BACKBONE_BROKER    as --host, --port, --broker
+
+Exit status:
+  0         the service replied
+  1-125     so ended the service's command
+  126, 127  the command cannot be run; it was not found
+  128+N     signal N ended the command
+and of brequest and the broker:
+  64        wrong usage
+  69        no broker was reachable, or it or the worker was lost
+  74        standard input or standard output failed
+  75        the broker refuses for now; try again later
+  76        the answer is not that of an MDP broker
+  124       no reply within the timeout
+  130, 143  SIGINT or SIGTERM ended the wait
+
+Examples:
+  $ brequest ls-service
+  $ brequest ls-service -- -l /tmp
+  $ ls | brequest ls-service
+  $ find . -print0 | brequest -0 archive >archive.tar
+  $ brequest --stdin resize 800x600 <in.jpg >out.jpg
+  $ brequest --timeout 2 slow-service || echo "exit status $?"
+`
+
+type requestTool struct {
+	commonFlags
+	Timeout  duration `short:"t" default:"30s"`
+	NoInput  bool     `short:"n" xor:"input"`
+	Null     bool     `short:"0"`
+	AllInput bool     `name:"stdin" xor:"input"`
+	Name     string   `arg:"" optional:""`
+	Args     operands `arg:"" optional:"" passthrough:"partial"`
+}
+
+func (t *requestTool) Run() error {
+	endpoint, err := t.endpoint()
+	if err != nil {
+		return err
+	}
+	if t.Name == "" {
+		return misuse("brequest ls-service", "no service name")
+	}
+	body, err := t.body(os.Stdin)
+	if err != nil {
+		return &failure{status: exitIO, err: err}
+	}
+
+	v := t.voice("brequest")
+	client := NewClient(endpoint)
+	v.detail("%s: asking at %s with %d frames", t.Name, endpoint, len(body))
+	reply, err := client.Send(t.Name, body, time.Duration(t.Timeout))
+	if err != nil {
+		return t.explain(client, err)
+	}
+	v.detail("%s: a reply of %d frames", t.Name, len(reply))
+
+	stdout, stderr, status, ok := parseStatusReply(reply)
+	if ok {
+		reply = [][]byte{stdout}
+	}
+	if err := t.print(os.Stdout, reply); err != nil {
+		return &failure{status: exitIO, err: err}
+	}
+	if ok {
+		os.Stderr.Write(stderr)
+	}
+	if status != 0 {
+		return &failure{status: status}
+	}
+	return nil
+}
+
+// body makes the frames of the request from the arguments, or else from stdin.
+func (t *requestTool) body(stdin *os.File) ([][]byte, error) {
+	var body [][]byte
+	for _, arg := range t.Args {
+		body = append(body, []byte(arg))
+	}
+	switch {
+	case t.AllInput:
+		all, err := io.ReadAll(stdin)
+		return append(body, all), err
+	case t.NoInput, len(body) > 0, isatty.IsTerminal(stdin.Fd()):
+		return body, nil
+	}
+	all, err := io.ReadAll(stdin)
+	if err != nil || len(all) == 0 {
+		return nil, err
+	}
+	return bytes.Split(bytes.TrimSuffix(all, t.separator()), t.separator()), nil
+}
+
+// separator ends each argument on standard input and each frame of a longer reply.
+func (t *requestTool) separator() []byte {
+	if t.Null {
+		return []byte{0}
+	}
+	return []byte{'\n'}
+}
+
+// print writes one frame as it is, and several each with its end.
+func (t *requestTool) print(stdout *os.File, body [][]byte) error {
+	w := bufio.NewWriter(stdout)
+	if len(body) == 1 {
+		w.Write(body[0])
+		unfinished := len(body[0]) > 0 && !bytes.HasSuffix(body[0], []byte("\n"))
+		if unfinished && isatty.IsTerminal(stdout.Fd()) {
+			w.WriteByte('\n')
+		}
+		return w.Flush()
+	}
+	for _, frame := range body {
+		w.Write(frame)
+		w.Write(t.separator())
+	}
+	return w.Flush()
+}
+
+// explain makes of an error of Client.Send what a person can use.
+func (t *requestTool) explain(client *Client, err error) error {
+	err = fmt.Errorf("%s: %w", t.Name, err)
+	switch {
+	case errors.Is(err, errNoBroker):
+		return &failure{exitUnavailable, err, "start one with bbroker, or tell where it is with --broker, --host or --port"}
+	case errors.Is(err, errLost):
+		return &failure{exitUnavailable, err, "the request may have been done; ask again where that does no harm"}
+	case errors.Is(err, errProtocol):
+		return &failure{exitProtocol, err, "is that an MDP/0.1 broker?"}
+	case !errors.Is(err, errTimeout):
+		return err
+	}
+	// Only now does it matter whether anybody serves the name: requests for a service
+	// that is still to come wait at the broker.
+	reply, _ := client.Send(mmiService, [][]byte{[]byte(t.Name)}, time.Second)
+	var code string
+	if len(reply) == 1 {
+		code = string(reply[0])
+	}
+	f := &failure{status: exitTimeout}
+	switch code {
+	case mmiFound:
+		f.err = fmt.Errorf("%w; it is served, but busy or slow", err)
+		f.hint = "a longer --timeout, or 0 to wait for ever"
+	case mmiNotFound:
+		f.err = fmt.Errorf("%w; nobody serves it", err)
+		f.hint = fmt.Sprintf("start it with bservice %s COMMAND, or look at the name", t.Name)
+	default:
+		f.err = fmt.Errorf("%w; the broker does not tell whether anybody serves it", err)
+		f.hint = "is the broker still there?"
+	}
+	return f
+}
+
+// Client asks services through a broker, one request at a time. It belongs to one
+// goroutine.
+type Client struct {
+	endpoint string
+	link     *link // nil when not connected
+}
+
+var (
+	errNoBroker = errors.New("no broker")
+	errLost     = errors.New("lost the broker")
+	errTimeout  = errors.New("no reply")
+	errProtocol = errors.New("bad reply")
+)
+
+func NewClient(endpoint string) *Client {
+	return &Client{endpoint: endpoint}
+}
+
+// Connect makes a connection to the broker, which need not be there yet. Send does
+// so too where there is none.
+func (c *Client) Connect() error {
+	if c.link != nil {
+		return nil
+	}
+	link, err := dial("brequest", c.endpoint)
+	c.link = link
+	return err
+}
+
+// Disconnect forgets the connection and what may still come over it.
+func (c *Client) Disconnect() {
+	if c.link != nil {
+		c.link.Close()
+		c.link = nil
+	}
+}
+
+func (c *Client) Endpoint() string { return c.endpoint }
+
+// Send asks a service and returns the body of its reply, which may be a status reply.
+// A timeout of 0 is none. It fails with errNoBroker when none took the request, with
+// errLost when the connection broke before the reply, with errTimeout when no reply
+// came, and with errProtocol when something else came. After any failure the client is
+// not connected any more, so that a late reply cannot be taken for the next.
+func (c *Client) Send(service string, body [][]byte, timeout time.Duration) ([][]byte, error) {
+	if err := c.Connect(); err != nil {
+		return nil, err
+	}
+	var deadline time.Time
+	if timeout > 0 {
+		deadline = time.Now().Add(timeout)
+	}
+	reply, err := c.exchange(service, body, deadline)
+	if err != nil {
+		c.Disconnect()
+	}
+	switch err {
+	case errNoBroker:
+		return nil, fmt.Errorf("%w at %s within %v", err, c.endpoint, timeout)
+	case errLost:
+		return nil, fmt.Errorf("%w at %s before its reply", err, c.endpoint)
+	case errTimeout:
+		return nil, fmt.Errorf("%w from %s within %v", err, c.endpoint, timeout)
+	}
+	return reply, err
+}
+
+// exchange sends the request to the broker, or to the first that comes, and waits for
+// the reply.
+//
+// This is why a client has no ZMQ_IMMEDIATE: with it, libzmq 4.3.4 throws away a reply
+// that it has received but not yet handed out when the connection breaks, as it does
+// right after the last words of a broker that stops.
+func (c *Client) exchange(service string, body [][]byte, deadline time.Time) ([][]byte, error) {
+	request := Message{Kind: KindClient, Service: []byte(service), Body: body}.Frames()
+	if err := send(c.link.Socket, request); err != nil {
+		return nil, err
+	}
+	poller := zmq.NewPoller()
+	poller.Add(c.link.Socket, zmq.POLLIN)
+	poller.Add(c.link.monitor, zmq.POLLIN)
+	for {
+		polled, err := poller.Poll(untilDeadline(deadline))
+		if err != nil {
+			return nil, fmt.Errorf("poll: %w", err)
+		}
+		if err := c.link.Look(); err != nil {
+			return nil, err
+		}
+		frames, err := receive(c.link.Socket)
+		switch {
+		case err != nil:
+			return nil, err
+		case frames != nil:
+			return c.open(frames, service)
+		case c.link.lost:
+			return nil, errLost
+		case len(polled) > 0:
+			continue
+		case c.link.connected:
+			return nil, errTimeout
+		}
+		return nil, errNoBroker
+	}
+}
+
+// open takes the body out of the reply of a service.
+func (c *Client) open(frames [][]byte, service string) ([][]byte, error) {
+	m, err := Parse(frames)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w from %s: %w", errProtocol, c.endpoint, err)
+	case m.Kind != KindClient || string(m.Service) != service:
+		return nil, fmt.Errorf("%w from %s: an unexpected %v", errProtocol, c.endpoint, m.Kind)
+	}
+	return m.Body, nil
+}
+
+// A link is a connection to a broker, which ZeroMQ makes and makes again by itself,
+// and what it tells of that. It belongs to one goroutine.
+type link struct {
+	*zmq.Socket
+	monitor   *zmq.Socket // readable when something happened to the connection
+	connected bool        // the broker is there
+	lost      bool        // it was, and the connection broke
+}
+
+// dial makes a link for the tool that it names in its identity: printable, telling a
+// person who it is, and never used twice.
+func dial(tool, endpoint string, options ...func(*zmq.Socket) error) (*link, error) {
+	socket, err := zmq.NewSocket(zmq.DEALER)
+	if err != nil {
+		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+	}
+	monitor, err := zmq.NewSocket(zmq.PAIR)
+	if err != nil {
+		socket.Close()
+		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+	}
+	l := &link{Socket: socket, monitor: monitor}
+
+	host, _ := os.Hostname()
+	identity := fmt.Sprintf("%s.%.200s.%d.%08x", tool, host, os.Getpid(), rand.Uint32())
+	events := "inproc://" + identity
+	err = errors.Join(
+		socket.SetIdentity(identity),
+		// What a socket still holds when it is closed is for nobody.
+		socket.SetLinger(0),
+		// A broker that comes back is found within a second, without hammering.
+		socket.SetReconnectIvl(20*time.Millisecond),
+		socket.SetReconnectIvlMax(time.Second),
+		setTransport(socket, endpoint),
+		socket.Monitor(events, zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
+		monitor.Connect(events),
+		monitor.SetLinger(0),
+	)
+	// The high-water marks stay at 1000: one request and some heartbeats at a time
+	// are far from it.
+	for _, option := range options {
+		err = errors.Join(err, option(socket))
+	}
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
+	}
+	if err := socket.Connect(endpoint); err != nil {
+		l.Close()
+		return nil, misuse(endpointHint, "connect %s: %w", endpoint, err)
+	}
+	return l, nil
+}
+
+// Look reads what happened to the connection. A message that came before it broke can
+// still be received afterwards.
+func (l *link) Look() error {
+	for {
+		event, _, _, err := l.monitor.RecvEvent(zmq.DONTWAIT)
+		switch {
+		case wouldBlock(err):
+			return nil
+		case err != nil:
+			return fmt.Errorf("look at the connection: %w", err)
+		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+			l.connected = true
+		case l.connected:
+			l.connected, l.lost = false, true
+		}
+	}
+}
+
+// Close stops the monitor first: ZeroMQ's I/O thread would wait for ever to tell a
+// monitor that is gone of the connection's end (libzmq#3575).
+func (l *link) Close() {
+	l.Socket.Monitor("", 0)
+	l.Socket.Close()
+	l.monitor.Close()
+}

@@ -1,0 +1,251 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	zmq "github.com/pebbe/zmq4"
+)
+
+// serveOnce lets a raw broker answer the next request with what reply makes of it.
+// It returns the request when it came.
+func serveOnce(broker peer, reply func(request []string) []string) <-chan []string {
+	came := make(chan []string, 1)
+	go func() {
+		request, err := broker.RecvMessageBytes(0)
+		if err != nil {
+			close(came)
+			return
+		}
+		if answer := reply(spell(request)); answer != nil {
+			broker.SendMessage(frames(answer...))
+		}
+		came <- spell(request)
+	}()
+	return came
+}
+
+func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := NewClient(endpoint)
+	defer client.Disconnect()
+	if client.Endpoint() != endpoint {
+		t.Errorf("Endpoint() = %q, want %q", client.Endpoint(), endpoint)
+	}
+	for range 2 { // over the same connection
+		came := serveOnce(broker, func(request []string) []string {
+			return []string{request[0], "", "MDPC01", "echo", "good", "", "\x00\xff"}
+		})
+		reply, err := client.Send("echo", frames("hello", ""), 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		request := <-came
+		broker.want(request[1:], "", "MDPC01", "echo", "hello", "")
+		if !strings.HasPrefix(request[0], "brequest.") {
+			t.Errorf("the identity %q does not tell who it is", request[0])
+		}
+		broker.want(spell(reply), "good", "", "\x00\xff")
+	}
+}
+
+func TestClientTellsNoBrokerFromNoReply(t *testing.T) {
+	client := NewClient("ipc://" + t.TempDir() + "/nobody")
+	if _, err := client.Send("echo", nil, 50*time.Millisecond); !errors.Is(err, errNoBroker) {
+		t.Errorf("without a broker: %v", err)
+	}
+
+	broker, endpoint := bindPeer(t)
+	client = NewClient(endpoint)
+	came := serveOnce(broker, func([]string) []string { return nil })
+	if _, err := client.Send("echo", nil, time.Second); !errors.Is(err, errTimeout) {
+		t.Errorf("without a reply: %v", err)
+	}
+	if <-came == nil {
+		t.Error("the request did not reach the broker")
+	}
+}
+
+func TestClientWaitsForABrokerThatIsNotThereYet(t *testing.T) {
+	endpoint := "ipc://" + t.TempDir() + "/late"
+	client := NewClient(endpoint)
+	defer client.Disconnect()
+	reply := make(chan []string)
+	go func() {
+		body, err := client.Send("echo", nil, 10*time.Second)
+		if err != nil {
+			t.Error(err)
+		}
+		reply <- spell(body)
+	}()
+	late := newPeer(t, zmq.ROUTER)
+	if err := late.Bind(endpoint); err != nil {
+		t.Fatal(err)
+	}
+	serveOnce(late, func(request []string) []string {
+		return []string{request[0], "", "MDPC01", "echo", "here"}
+	})
+	late.want(<-reply, "here")
+}
+
+func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
+	for range 50 {
+		broker, endpoint := bindPeer(t)
+		if err := broker.SetLinger(time.Second); err != nil {
+			t.Fatal(err)
+		}
+		client := NewClient(endpoint)
+		go func() {
+			request, err := broker.RecvMessageBytes(0)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			broker.SendMessage(request[0], "", "MDPC01", "echo", "last words")
+			broker.Close()
+		}()
+		reply, err := client.Send("echo", nil, 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		broker.want(spell(reply), "last words")
+		client.Disconnect()
+	}
+}
+
+func TestClientLearnsAtOnceThatItLostTheBroker(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := NewClient(endpoint)
+	serveOnce(broker, func([]string) []string {
+		broker.Close()
+		return nil
+	})
+	if _, err := client.Send("echo", nil, 0); !errors.Is(err, errLost) {
+		t.Errorf("got %v, want errLost", err)
+	}
+}
+
+func TestLateReplyIsNotTakenForTheNext(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := NewClient(endpoint)
+	defer client.Disconnect()
+	came := serveOnce(broker, func([]string) []string { return nil })
+	if _, err := client.Send("echo", frames("first"), time.Second); !errors.Is(err, errTimeout) {
+		t.Fatalf("the first request: %v", err)
+	}
+	late := <-came
+	serveOnce(broker, func(request []string) []string {
+		broker.SendMessage(frames(late[0], "", "MDPC01", "echo", "late"))
+		return []string{request[0], "", "MDPC01", "echo", "second"}
+	})
+	reply, err := client.Send("echo", frames("second"), 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	broker.want(spell(reply), "second")
+}
+
+func TestClientRefusesWhatIsNoReply(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		reply []string
+	}{
+		{"nothing of MDP", []string{"hello"}},
+		{"one empty frame", []string{""}},
+		{"no service", []string{"", "MDPC01"}},
+		{"another service", []string{"", "MDPC01", "other", "x"}},
+		{"a worker's message", []string{"", "MDPW01", "\x02", "A", "", "x"}},
+		{"another version", []string{"", "MDPC02", "\x02", "echo", "x"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			broker, endpoint := bindPeer(t)
+			client := NewClient(endpoint)
+			defer client.Disconnect()
+			serveOnce(broker, func(request []string) []string {
+				return append(request[:1:1], test.reply...)
+			})
+			if reply, err := client.Send("echo", nil, 10*time.Second); !errors.Is(err, errProtocol) {
+				t.Errorf("got %q, %v", reply, err)
+			}
+		})
+	}
+}
+
+func TestArgumentsComeFromTheCommandLineOrElseFromStandardInput(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		tool  requestTool
+		stdin string
+		want  []string
+	}{
+		{"arguments", requestTool{Args: operands{"a", ""}}, "unread", []string{"a", ""}},
+		{"lines", requestTool{}, "a b\n\nc\r\n\xff\x00", []string{"a b", "", "c\r", "\xff\x00"}},
+		{"last line without an end", requestTool{}, "a\nb", []string{"a", "b"}},
+		{"an empty line", requestTool{}, "\n", []string{""}},
+		{"empty input", requestTool{}, "", []string{}},
+		{"NUL", requestTool{Null: true}, "a\nb\x00\x00c\x00", []string{"a\nb", "", "c"}},
+		{"all of it", requestTool{AllInput: true}, "a\n\x00b\n", []string{"a\n\x00b\n"}},
+		{"all of nothing", requestTool{AllInput: true}, "", []string{""}},
+		{"all of it after arguments", requestTool{AllInput: true, Args: operands{"x"}}, "a\n", []string{"x", "a\n"}},
+		{"none", requestTool{NoInput: true}, "unread", []string{}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			stdin := fileWith(t, test.stdin)
+			body, err := test.tool.body(stdin)
+			if err != nil || !reflect.DeepEqual(spell(body), test.want) {
+				t.Errorf("got %q, %v, want %q", body, err, test.want)
+			}
+			at, _ := stdin.Seek(0, 1)
+			if unread := at == 0; unread != (test.stdin == "" || test.stdin == "unread") {
+				t.Errorf("standard input was read up to byte %d", at)
+			}
+		})
+	}
+}
+
+func TestOneFrameIsPrintedAsItIsAndSeveralOneALine(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		null bool
+		body [][]byte
+		want string
+	}{
+		{"none", false, nil, ""},
+		{"one", false, frames("a\x00\xff"), "a\x00\xff"},
+		{"one with NUL ends", true, frames("a\n"), "a\n"},
+		{"several", false, frames("a", "", "b\n"), "a\n\nb\n\n"},
+		{"several with NUL ends", true, frames("a", "", "b\n"), "a\x00\x00b\n\x00"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			stdout := fileWith(t, "")
+			tool := requestTool{Null: test.null}
+			if err := tool.print(stdout, test.body); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := os.ReadFile(stdout.Name()); err != nil || !bytes.Equal(got, []byte(test.want)) {
+				t.Errorf("printed %q, %v, want %q", got, err, test.want)
+			}
+		})
+	}
+}
+
+// fileWith opens a file with that content, at its beginning.
+func fileWith(t *testing.T, content string) *os.File {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	return file
+}
