@@ -1,0 +1,292 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	zmq "github.com/pebbe/zmq4"
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	commands := map[string]func(){
+		"backbone":       main,
+		"backbone-1.0":   main,
+		"echoworker":     echoWorker,
+		"babbler":        babbler,
+		"babblingclient": babblingClient,
+	}
+	for _, a := range applets() {
+		commands[a.name] = main
+	}
+	testscript.Main(m, commands)
+}
+
+// echoWorker is a program for scripts: a worker written from RFC 7 that replies with
+// the body of the request.
+func echoWorker() {
+	socket, _ := zmq.NewSocket(zmq.DEALER)
+	socket.Connect(os.Getenv("BACKBONE_BROKER"))
+	socket.SendMessage("", "MDPW01", "\x01", os.Args[1])
+	for {
+		message, err := socket.RecvMessageBytes(0)
+		if err != nil {
+			return
+		}
+		if string(message[2]) == "\x02" {
+			message[2] = []byte("\x03")
+		}
+		socket.SendMessage(message)
+	}
+}
+
+// babbler is a program for scripts: a socket that answers whatever comes with what is
+// no MDP.
+func babbler() {
+	socket, _ := zmq.NewSocket(zmq.ROUTER)
+	socket.Bind(os.Args[1])
+	for {
+		message, err := socket.RecvMessageBytes(0)
+		if err != nil {
+			return
+		}
+		socket.SendMessage(message[0], "", "babble")
+	}
+}
+
+// babblingClient is a program for scripts: it sends what is no MDP, and waits until
+// the broker has read it.
+func babblingClient() {
+	socket, _ := zmq.NewSocket(zmq.DEALER)
+	socket.Connect(os.Getenv("BACKBONE_BROKER"))
+	for range 10 {
+		socket.SendMessage("babble")
+	}
+	socket.SendMessage("", "MDPC01", "mmi.service", "x")
+	socket.RecvMessage(0)
+}
+
+// TestScripts drives the tools from outside, as a user's shell does.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			// A broker of its own for each script, where no other can be.
+			env.Setenv("BACKBONE_BROKER", "ipc://"+env.WorkDir+"/broker")
+			// The race detector would let each process sleep for a second at its end.
+			env.Setenv("GORACE", "atexit_sleep_ms=0")
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"status":    status,
+			"signalled": signalled,
+		},
+	})
+}
+
+// status runs a program and checks its exit status: status N PROGRAM [ARG...].
+func status(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: status N PROGRAM [ARG...]")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	got := 0
+	err = ts.Exec(args[1], args[2:]...)
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		got = exitStatus(exit.ProcessState)
+	} else if err != nil {
+		ts.Fatalf("%v", err)
+	}
+	if got != want {
+		ts.Fatalf("%s ended with status %d, want %d", args[1], got, want)
+	}
+}
+
+// signalled runs a program, sends it a signal and checks that its status tells of it:
+// signalled INT|TERM PROGRAM [ARG...].
+func signalled(ts *testscript.TestScript, neg bool, args []string) {
+	signal, ok := map[string]syscall.Signal{"INT": syscall.SIGINT, "TERM": syscall.SIGTERM}[args[0]]
+	if neg || !ok || len(args) < 2 {
+		ts.Fatalf("usage: signalled INT|TERM PROGRAM [ARG...]")
+	}
+	cmd := exec.Command(args[1], args[2:]...)
+	cmd.Dir = ts.MkAbs(".")
+	cmd.Env = append(os.Environ(), "BACKBONE_BROKER="+ts.Getenv("BACKBONE_BROKER"))
+	ts.Check(cmd.Start())
+	ts.Check(cmd.Process.Signal(signal))
+	cmd.Wait()
+	if got, want := exitStatus(cmd.ProcessState), exitSignal+int(signal); got != want {
+		ts.Fatalf("%s ended with status %d, want %d", args[1], got, want)
+	}
+}
+
+func TestHelpNamesEveryFlagAndNoOther(t *testing.T) {
+	for _, a := range applets() {
+		t.Run(a.name, func(t *testing.T) {
+			parser, err := newParser(a.new())
+			if err != nil {
+				t.Fatal(err)
+			}
+			var flags []string
+			for _, flag := range parser.Model.Flags {
+				flags = append(flags, "--"+flag.Name)
+				if flag.Short != 0 {
+					flags = append(flags, fmt.Sprintf("-%c", flag.Short))
+				}
+			}
+			// A line that documents flags starts with them; the examples do not.
+			var documented []string
+			for line := range strings.Lines(a.usage) {
+				if strings.HasPrefix(strings.TrimLeft(line, " "), "-") {
+					spec, _, _ := strings.Cut(strings.TrimLeft(line, " "), "  ")
+					documented = append(documented, regexp.MustCompile(`--?[a-z0-9][a-z-]*`).FindAllString(spec, -1)...)
+				}
+			}
+			slices.Sort(flags)
+			slices.Sort(documented)
+			if !slices.Equal(flags, documented) {
+				t.Errorf("the flags are\n%q, the help has\n%q", flags, documented)
+			}
+		})
+	}
+}
+
+func TestHelpFitsTwoScreens(t *testing.T) {
+	for _, a := range applets() {
+		lines := strings.Split(a.usage, "\n")
+		if len(lines) > 64 {
+			t.Errorf("%s --help has %d lines", a.name, len(lines))
+		}
+		for _, line := range lines {
+			if len(line) > 88 {
+				t.Errorf("%s --help has a line of %d: %s", a.name, len(line), line)
+			}
+		}
+	}
+}
+
+func TestFlagsBeatTheEnvironmentAndEndpointsBeatHostAndPort(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		env   map[string]string
+		flags commonFlags
+		want  string
+	}{
+		{"defaults", nil, commonFlags{}, "tcp://127.0.0.1:5555"},
+		{"host", nil, commonFlags{Host: "build"}, "tcp://build:5555"},
+		{"port", nil, commonFlags{Port: "6000"}, "tcp://127.0.0.1:6000"},
+		{"IPv6", nil, commonFlags{Host: "::1"}, "tcp://[::1]:5555"},
+		{"IPv6 in brackets", nil, commonFlags{Host: "[::1]"}, "tcp://[::1]:5555"},
+		{"endpoint", nil, commonFlags{Broker: []string{"ipc:///b"}, Host: "h", Port: "1"}, "ipc:///b"},
+		{"environment", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{}, "tcp://h:1"},
+		{"half of it", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"endpoint of the environment", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{}, "ipc:///b"},
+		{"flag against it", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"empty environment", map[string]string{"BROKER": "", "HOST": "", "PORT": ""}, commonFlags{}, "tcp://127.0.0.1:5555"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			for _, name := range []string{"BROKER", "HOST", "PORT"} {
+				t.Setenv("BACKBONE_"+name, test.env[name])
+			}
+			if got, err := test.flags.endpoint(); err != nil || got != test.want {
+				t.Errorf("got %q, %v, want %q", got, err, test.want)
+			}
+		})
+	}
+}
+
+func TestWrongEndpointsAreWrongUsage(t *testing.T) {
+	for _, flags := range []commonFlags{
+		{Port: "http"}, {Port: "65536"}, {Port: "-1"},
+		{Broker: []string{"localhost:5555"}}, {Broker: []string{"inproc://x"}},
+		{Broker: []string{"ipc:///a", "ipc:///b"}},
+	} {
+		var f *failure
+		if got, err := flags.endpoint(); !errors.As(err, &f) || f.status != exitUsage || f.hint == "" {
+			t.Errorf("%+v: got %q, %v, want wrong usage with a hint", flags, got, err)
+		}
+	}
+}
+
+func TestDurationsHaveUnitsOrAreSeconds(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"5": 5 * time.Second, "0": 0, "0.5": 500 * time.Millisecond, "1.5s": 1500 * time.Millisecond,
+		"500ms": 500 * time.Millisecond, "2m": 2 * time.Minute, "1h30m": 90 * time.Minute,
+	} {
+		if got, err := parseTimeout(t, text); err != nil || got != want {
+			t.Errorf("%s is %v, %v, want %v", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "x", "5x", "-1", "-1s", "nan", "inf", "1e300", "1e3"} {
+		if got, err := parseTimeout(t, text); err == nil {
+			t.Errorf("%q is %v, want an error", text, got)
+		}
+	}
+}
+
+func parseTimeout(t *testing.T, text string) (time.Duration, error) {
+	t.Helper()
+	var tool requestTool
+	parser, err := newParser(&tool)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = parser.Parse([]string{"--timeout=" + text, "name"})
+	return time.Duration(tool.Timeout), err
+}
+
+func TestFlagsEndAtTheFirstArgument(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		name string
+		rest operands
+	}{
+		{[]string{"svc"}, "svc", nil},
+		{[]string{"-n", "svc", "-q", "a", "-x"}, "svc", operands{"a", "-x"}},
+		{[]string{"svc", "--", "-l"}, "svc", operands{"-l"}},
+		{[]string{"svc", "--"}, "svc", operands{}},
+		{[]string{"svc", "--", "--", "-l"}, "svc", operands{"--", "-l"}},
+		{[]string{"svc", "a", "--", "b"}, "svc", operands{"a", "--", "b"}},
+		{[]string{"--", "svc", "-l"}, "svc", operands{"-l"}},
+		{[]string{"--", "svc", "--", "-l"}, "svc", operands{"--", "-l"}},
+		{[]string{"svc", "-", "-n"}, "svc", operands{"-", "-n"}},
+		{[]string{"svc", "", "x"}, "svc", operands{"", "x"}},
+		{[]string{"s\xff", "\xfe"}, "s\xff", operands{"\xfe"}},
+	} {
+		var tool requestTool
+		parser, err := newParser(&tool)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = parser.Parse(test.args)
+		if err != nil || tool.Name != test.name || !slices.Equal(tool.Args, test.rest) {
+			t.Errorf("%q: %q asks %q, %v", test.args, tool.Name, tool.Args, err)
+		}
+	}
+}
+
+func TestPollIsNeverCutShort(t *testing.T) {
+	deadline := time.Now().Add(time.Hour)
+	timeout := untilDeadline(deadline).Truncate(time.Millisecond)
+	if time.Now().Add(timeout).Before(deadline) {
+		t.Errorf("a poll of %v ends before its deadline", timeout)
+	}
+	if got := untilDeadline(time.Time{}); got != -1 {
+		t.Errorf("no deadline is a poll of %v", got)
+	}
+	if got := untilDeadline(time.Now().Add(-time.Hour)); got != 0 {
+		t.Errorf("a deadline that has passed is a poll of %v", got)
+	}
+}
