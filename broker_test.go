@@ -490,7 +490,7 @@ func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
 // From here on: the wire, against raw sockets that spell the frames out.
 
 // startBroker runs a broker's loop until the end of the test.
-func startBroker(t *testing.T) (endpoint string) {
+func startBroker(t testing.TB) (endpoint string) {
 	t.Helper()
 	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"})
 	if err != nil {

@@ -249,3 +249,17 @@ func fileWith(t *testing.T, content string) *os.File {
 	t.Cleanup(func() { file.Close() })
 	return file
 }
+
+// BenchmarkRoundTrip is a request through a broker to a service and back, all of them
+// in this process.
+func BenchmarkRoundTrip(b *testing.B) {
+	endpoint := startBroker(b)
+	startService(b, endpoint, func(body [][]byte) [][]byte { return body })
+	client := NewClient(endpoint)
+	defer client.Disconnect()
+	for b.Loop() {
+		if _, err := client.Send("echo", frames("hello"), 10*time.Second); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

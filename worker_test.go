@@ -232,7 +232,7 @@ func TestLeaveSaysDisconnectOnlyToABrokerThatKnowsUs(t *testing.T) {
 // The wire, against a raw ROUTER that is a broker of its own.
 
 // startService runs a service until the end of the test, or until stop is called.
-func startService(t *testing.T, endpoint string, handle Handle) (stop func()) {
+func startService(t testing.TB, endpoint string, handle Handle) (stop func()) {
 	t.Helper()
 	s := Service{
 		Name:           "echo",
