@@ -1,15 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"container/list"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -31,12 +34,21 @@ ask: open it to hosts that you trust.
   --broker ENDPOINT      listen here instead, tcp://HOST:PORT or ipc:///PATH; repeatable
   --heartbeat DURATION   send workers a heartbeat this often (1s)
   --liveness N           a worker silent for this many heartbeats is dead (5)
+  --queue-ttl DURATION   how long a request waits for a service that nobody serves;
+                         0 is for ever (1m)
+  --max-queue N          how many requests wait for one service (100000)
+  --max-memory SIZE      how many bytes of requests are held at a time (1G)
+  --max-message SIZE     the longest frame that is taken (256M)
+  --redeliver N          give the request of a worker that is lost to another, so many
+                         times; commands may run twice (0)
+  --grace DURATION       when stopped, wait so long for replies (5s)
   -q, --quiet            log errors only
   -v, --verbose          log each message
   -h, --help
   --version
 
-Durations have a unit or are seconds: 500ms, 2.5, 1m.
+Durations have a unit or are seconds: 500ms, 2.5, 1m. Sizes are bytes, or K, M or G of
+1024. A second signal ends it at once.
 
 Environment, where no flag says otherwise:
   BACKBONE_HOST, BACKBONE_PORT, BACKBONE_BROKER    as --host, --port, --broker
@@ -47,18 +59,26 @@ Exit status:
   69     it cannot listen there; the port is in use, perhaps
   74     the endpoint could not be printed
 
+It answers these names itself:
+  mmi.service NAME       200 when somebody serves the name, 404 when nobody does
+  mmi.services           a table of the services
+  mmi.metrics            what happened so far, as Prometheus reads it
+  mmi.cancel             drops the requests of the same client that still wait
+
 Examples:
   $ bbroker &
   $ bbroker --host 0.0.0.0 --port 6000
   $ bbroker --broker ipc:///run/backbone.sock --broker tcp://127.0.0.1:5555
   $ bbroker --port 0 >endpoint &
-  $ brequest mmi.service ls-service          # 200: it is served; 404: it is not
+  $ brequest -n mmi.services
 `
 
 type brokerTool struct {
 	commonFlags
-	heartbeatFlags
-	Where []string `arg:"" optional:""`
+	brokerRules
+	MaxMessage size     `default:"256M"`
+	Grace      duration `default:"5s"`
+	Where      []string `arg:"" optional:""`
 }
 
 // AfterApply takes HOST and PORT where Dispatchr Backbone took them, after the word
@@ -99,7 +119,7 @@ func (t *brokerTool) Run() error {
 	// Replies and DISCONNECTs to those who read them are on their way in less than a
 	// second; those who do not read cannot hold up the end.
 	defer zmq.Term()
-	socket, bound, err := listen(endpoints)
+	socket, bound, err := listen(endpoints, t.MaxMessage)
 	if err != nil {
 		return err
 	}
@@ -110,12 +130,12 @@ func (t *brokerTool) Run() error {
 	}
 
 	stop, restore := signal.NotifyContext(context.Background(), stopSignals()...)
-	defer restore()
-	return serve(stop, socket, t.heartbeatFlags, log)
+	context.AfterFunc(stop, restore) // a second signal ends the process at once
+	return serve(stop, socket, t.brokerRules, time.Duration(t.Grace), log)
 }
 
 // listen returns a ROUTER that is bound to the endpoints, and what it is bound to.
-func listen(endpoints []string) (*zmq.Socket, []string, error) {
+func listen(endpoints []string, maxMessage size) (*zmq.Socket, []string, error) {
 	socket, err := zmq.NewSocket(zmq.ROUTER)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
@@ -128,6 +148,9 @@ func listen(endpoints []string) (*zmq.Socket, []string, error) {
 		socket.SetSndhwm(10_000),
 		// What one peer has sent that is not yet received; beyond it TCP slows it down.
 		socket.SetRcvhwm(1000),
+		// The connection of a peer that sends a longer frame is closed before the frame
+		// takes memory.
+		socket.SetMaxmsgsize(int64(maxMessage)),
 		socket.SetBacklog(1024),
 		socket.SetLinger(time.Second),
 	)
@@ -164,7 +187,7 @@ func bind(socket *zmq.Socket, endpoint string) (string, error) {
 	if err == nil {
 		return socket.GetLastEndpoint()
 	}
-	f := &failure{exitUnavailable, fmt.Errorf("listen on %s: %w", endpoint, err), ""}
+	f := &failure{status: exitUnavailable, err: fmt.Errorf("listen on %s: %w", endpoint, err)}
 	switch zmq.AsErrno(err) {
 	case zmq.Errno(syscall.EADDRINUSE):
 		f.hint = "another broker is there already, perhaps; --port 0 takes any free port"
@@ -214,9 +237,9 @@ func removeSockets(endpoints []string) {
 	}
 }
 
-// serve is the loop around a Broker: it owns the socket and the clock. It returns nil
-// once stop is done.
-func serve(stop context.Context, socket *zmq.Socket, flags heartbeatFlags, log *slog.Logger) error {
+// serve is the loop around a Broker: it owns the socket and the clock. Once stop is
+// done it drains the broker, for as long as grace at most, and returns nil.
+func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
 	waker, err := newWaker()
 	if err != nil {
 		return err
@@ -224,9 +247,24 @@ func serve(stop context.Context, socket *zmq.Socket, flags heartbeatFlags, log *
 	defer waker.Close()
 	defer context.AfterFunc(stop, waker.Wake)()
 
-	broker := NewBroker(flags, func(frames [][]byte) error { return send(socket, frames) }, log)
-	for stop.Err() == nil {
-		deadline := broker.Tick(time.Now())
+	broker := NewBroker(rules, time.Now(), func(frames [][]byte) error { return send(socket, frames) }, log)
+	var end time.Time // of the grace, once it has begun
+	for {
+		now := time.Now()
+		deadline := broker.Tick(now)
+		if stop.Err() != nil && end.IsZero() {
+			broker.Drain()
+			end = now.Add(grace)
+		}
+		if !end.IsZero() {
+			if broker.Drained() || !now.Before(end) {
+				broker.Stop()
+				return nil
+			}
+			if end.Before(deadline) {
+				deadline = end
+			}
+		}
 		if _, err := waker.Wait(socket, zmq.POLLIN, deadline); err != nil {
 			return err
 		}
@@ -239,37 +277,54 @@ func serve(stop context.Context, socket *zmq.Socket, flags heartbeatFlags, log *
 			if frames == nil {
 				break
 			}
-			broker.Receive(frames)
+			broker.Receive(frames, time.Now())
 		}
 	}
-	broker.Stop()
-	return nil
 }
 
 // Broker is the broker of MDP/0.1 (RFC 7) as a state machine: Receive and Tick are
 // its events, the messages that it sends are its actions, and it knows no socket and
 // no clock. It belongs to one goroutine.
 //
-// For each service either workers are idle or requests wait, never both.
+// For each service either workers are idle or requests wait, never both. A request
+// that was taken is either waiting or in the hands of one worker, until it ends:
+// by a reply, or by its client's cancel.
 type Broker struct {
-	heartbeat time.Duration
-	liveness  int
-	send      func(frames [][]byte) error // the identity first; fails at once, perhaps with errWouldBlock
-	log       *slog.Logger
+	brokerRules
+	send func(frames [][]byte) error // the identity first; fails at once, perhaps with errWouldBlock
+	log  *slog.Logger
 
 	services map[string]*service
-	workers  map[string]*worker // by identity
-	due      time.Time          // of the next heartbeat
+	workers  map[string]*worker    // by identity
+	waiting  map[string]*list.List // of *request, by the identity of the client
 	tokens   tokens
-	accused  map[string]bool // the peers whose bad messages were logged
+	held     size // of the bodies of all requests that have not ended
+	open     int  // how many those are
+	draining bool
+
+	born, now, due time.Time // due is the next heartbeat
+	total          tally
+	warned         map[string]bool // what the log has about already
+	forgive        time.Time       // when it may have it again
+}
+
+// brokerRules are the flags that the state machine goes by.
+type brokerRules struct {
+	heartbeatFlags
+	QueueTTL  duration `default:"1m"`
+	MaxQueue  uint     `default:"100000"`
+	MaxMemory size     `default:"1G"`
+	Redeliver uint     `default:"0"`
 }
 
 // A service is there while it has workers or waiting requests.
 type service struct {
-	name    string
-	workers int
-	idle    list.List // of *worker, the least recently used first
-	waiting list.List // of *request, the oldest first
+	name     string
+	workers  int
+	idle     list.List // of *worker, the least recently used first
+	waiting  list.List // of *request, the oldest first
+	orphaned time.Time // when it lost its last worker
+	tally    tally
 }
 
 // A worker serves one service, one request at a time.
@@ -283,77 +338,85 @@ type worker struct {
 	attends  bool          // it was heard while busy; many workers cannot be
 }
 
-// A request lives from its arrival to its reply.
+// A request lives from its arrival to its end.
 type request struct {
+	service *service
 	client  [][]byte // the client's address stack, its identity first
-	service []byte
 	body    [][]byte
 	token   []byte // stands for the client towards the worker
+
+	arrived, started time.Time
+	redelivered      uint
+	queued, owned    *list.Element // its places in the queues of service and client, nil when in flight
 }
 
-func NewBroker(flags heartbeatFlags, send func(frames [][]byte) error, log *slog.Logger) *Broker {
+func NewBroker(rules brokerRules, now time.Time, send func(frames [][]byte) error, log *slog.Logger) *Broker {
 	return &Broker{
-		heartbeat: time.Duration(flags.Heartbeat),
-		liveness:  flags.Liveness,
-		send:      send,
-		log:       log,
-		services:  map[string]*service{},
-		workers:   map[string]*worker{},
-		tokens:    tokens{run: rand.Uint32()},
-		accused:   map[string]bool{},
+		brokerRules: rules,
+		send:        send,
+		log:         log,
+		services:    map[string]*service{},
+		workers:     map[string]*worker{},
+		waiting:     map[string]*list.List{},
+		tokens:      tokens{run: rand.Uint32()},
+		born:        now,
+		now:         now,
+		due:         now,
+		warned:      map[string]bool{},
 	}
 }
 
 // Receive takes a message as the ROUTER gives it, the identity of the peer first.
-func (b *Broker) Receive(frames [][]byte) {
+func (b *Broker) Receive(frames [][]byte, now time.Time) {
 	if len(frames) == 0 {
 		return
 	}
+	b.now = now
 	peer := frames[0]
 	m, err := Parse(frames[1:])
-	switch {
-	case err != nil:
-		b.accuse(peer, err)
-	case m.Kind == KindClient:
-		b.log.Debug("request", "client", string(peer), "service", string(m.Service), "frames", len(m.Body))
-		b.receiveRequest(frames[:1+len(m.Address)], m)
-	case len(m.Address) > 0:
-		b.accuse(peer, fmt.Errorf("%v: a worker has no address but its identity", m.Kind))
-	default:
-		b.log.Debug("message", "worker", string(peer), "kind", m.Kind.String())
+	if err == nil && m.Kind != KindClient && len(m.Address) > 0 {
+		err = fmt.Errorf("%v: a worker has no address but its identity", m.Kind)
+	}
+	if err != nil {
+		b.warn("peer "+string(peer), "bad message", "peer", string(peer), "why", err)
+		return
+	}
+	if b.log.Enabled(context.Background(), slog.LevelDebug) {
+		b.log.Debug("message", "peer", string(peer), "kind", m.Kind, "service", string(m.Service), "frames", len(m.Body))
+	}
+	if m.Kind == KindClient {
+		b.receiveClient(frames[:1+len(m.Address)], m)
+	} else {
 		b.receiveWorker(string(peer), m)
 	}
 }
 
-func (b *Broker) receiveRequest(client [][]byte, m Message) {
-	if strings.HasPrefix(string(m.Service), mmiPrefix) {
-		b.reply(client, m.Service, b.manage(m))
+func (b *Broker) receiveClient(client [][]byte, m Message) {
+	name := string(m.Service)
+	if strings.HasPrefix(name, mmiPrefix) {
+		b.reply(client, name, [][]byte{b.manage(name, client, m.Body)})
 		return
 	}
-	s := b.service(string(m.Service))
-	s.waiting.PushBack(&request{client, m.Service, m.Body, b.tokens.next()})
-	b.dispatch(s)
-}
-
-// manage answers a request to the broker itself (RFC 8).
-func (b *Broker) manage(m Message) [][]byte {
-	code := mmiNotImplemented
-	if string(m.Service) == mmiService {
-		switch {
-		case len(m.Body) != 1:
-			code = mmiBadRequest
-		case b.served(string(m.Body[0])):
-			code = mmiFound
-		default:
-			code = mmiNotFound
+	s := b.service(name)
+	r := &request{service: s, client: client, body: m.Body, token: b.tokens.next(), arrived: b.now}
+	b.open++
+	b.held += sizeOf(r.body)
+	b.count(s, requests, 1)
+	b.count(s, bytesIn, uint64(sizeOf(r.body)))
+	switch {
+	case b.draining:
+		b.refuse(r, "the broker is shutting down")
+	case b.held > b.MaxMemory:
+		b.refuse(r, "the broker holds as many bytes as it may")
+	default:
+		b.enqueue(r, s.waiting.PushBack)
+		b.settle(s)
+		if r.queued != nil && s.waiting.Len() > int(b.MaxQueue) {
+			b.dequeue(r)
+			b.refuse(r, "the queue is full")
 		}
 	}
-	return [][]byte{[]byte(code)}
-}
-
-func (b *Broker) served(name string) bool {
-	s, ok := b.services[name]
-	return ok && s.workers > 0
+	b.settle(s)
 }
 
 func (b *Broker) receiveWorker(identity string, m Message) {
@@ -380,27 +443,30 @@ func (b *Broker) receiveWorker(identity string, m Message) {
 		r := w.request
 		if r == nil || len(m.Client) != 1 || string(m.Client[0]) != string(r.token) {
 			b.expel(w, "a reply to a request that it does not have")
-			return
+			break
 		}
-		b.reply(r.client, r.service, m.Body)
+		b.count(w.service, replies, 1)
+		if _, _, status, ok := parseStatusReply(m.Body); ok && status != 0 {
+			b.count(w.service, failures, 1)
+		}
+		b.observe(w.service, served, b.now.Sub(r.started))
+		b.finish(r, m.Body)
 		b.rest(w)
-		b.dispatch(w.service)
 	case KindDisconnect:
 		b.log.Info("worker left", "worker", identity, "service", w.service.name)
 		// It would have replied had it started on its request; the next one will.
 		if r := b.remove(w); r != nil {
-			s := b.service(string(r.service))
-			s.waiting.PushFront(r)
-			b.dispatch(s)
+			b.enqueue(r, w.service.waiting.PushFront)
 		}
 	default:
 		b.expel(w, fmt.Sprintf("an unexpected %v", m.Kind))
 	}
+	b.settle(w.service)
 }
 
 func (b *Broker) register(identity, name string) {
 	if strings.HasPrefix(name, mmiPrefix) {
-		b.log.Warn("worker refused", "worker", identity, "service", name, "why", "the name is the broker's own")
+		b.warn("peer "+identity, "worker refused", "worker", identity, "service", name, "why", "the name is the broker's own")
 		b.sendWorker(identity, Message{Kind: KindDisconnect})
 		return
 	}
@@ -410,7 +476,7 @@ func (b *Broker) register(identity, name string) {
 	w := &worker{identity: identity, service: s}
 	b.workers[identity] = w
 	b.rest(w)
-	b.dispatch(s)
+	b.settle(s)
 }
 
 // service returns the service of that name, a new one if there is none.
@@ -429,8 +495,33 @@ func (b *Broker) rest(w *worker) {
 	w.place = w.service.idle.PushBack(w)
 }
 
-// dispatch gives waiting requests to idle workers for as long as there are both.
-func (b *Broker) dispatch(s *service) {
+// enqueue puts a request into the queue of its service, at the end that push puts it.
+func (b *Broker) enqueue(r *request, push func(any) *list.Element) {
+	r.queued = push(r)
+	identity := string(r.client[0])
+	own, ok := b.waiting[identity]
+	if !ok {
+		own = list.New()
+		b.waiting[identity] = own
+	}
+	r.owned = own.PushBack(r)
+}
+
+func (b *Broker) dequeue(r *request) {
+	r.service.waiting.Remove(r.queued)
+	identity := string(r.client[0])
+	own := b.waiting[identity]
+	own.Remove(r.owned)
+	if own.Len() == 0 {
+		delete(b.waiting, identity)
+	}
+	r.queued, r.owned = nil, nil
+}
+
+// settle ends whatever happened to a service: its waiting requests go to its idle
+// workers for as long as there are both, and it is forgotten when it has neither
+// workers nor requests.
+func (b *Broker) settle(s *service) {
 	for s.waiting.Len() > 0 && s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*worker)
 		r := s.waiting.Front().Value.(*request)
@@ -439,20 +530,35 @@ func (b *Broker) dispatch(s *service) {
 			b.lose(w, err)
 			continue
 		}
-		s.waiting.Remove(s.waiting.Front())
+		b.observe(s, waited, b.now.Sub(r.arrived))
+		b.dequeue(r)
 		s.idle.Remove(w.place)
 		w.request, w.place, w.age = r, nil, 0
+		r.started = b.now
+	}
+	if s.workers == 0 && s.waiting.Len() == 0 {
+		delete(b.services, s.name)
 	}
 }
 
 // Tick does what is due and returns the time of the next call.
 func (b *Broker) Tick(now time.Time) time.Time {
+	b.now = now
 	if now.Before(b.due) {
 		return b.due
 	}
-	b.due = now.Add(b.heartbeat)
+	b.due = now.Add(time.Duration(b.Heartbeat))
 	for _, w := range b.workers {
 		b.beat(w)
+	}
+	if b.QueueTTL > 0 {
+		for _, s := range b.services {
+			b.expire(s)
+		}
+	}
+	if !now.Before(b.forgive) {
+		clear(b.warned)
+		b.forgive = now.Add(time.Minute)
 	}
 	return b.due
 }
@@ -465,13 +571,35 @@ func (b *Broker) beat(w *worker) {
 	if w.request == nil || w.attends {
 		w.silence++
 	}
-	if w.silence > b.liveness {
-		b.expel(w, fmt.Sprintf("silent for %d heartbeats", b.liveness))
+	if w.silence > b.Liveness {
+		b.expel(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
+		b.settle(w.service)
 		return
 	}
 	err := b.sendWorker(w.identity, Message{Kind: KindHeartbeat})
 	if err != nil && err != errWouldBlock { // a busy worker need not read
 		b.lose(w, err)
+		b.settle(w.service)
+	}
+}
+
+// expire ends the requests that have waited too long for a first worker to come, or
+// for one to come back.
+func (b *Broker) expire(s *service) {
+	for s.workers == 0 && s.waiting.Len() > 0 {
+		r := s.waiting.Front().Value.(*request)
+		since := r.arrived
+		if s.orphaned.After(since) {
+			since = s.orphaned
+		}
+		if b.now.Sub(since) < time.Duration(b.QueueTTL) {
+			return
+		}
+		b.warn("expired "+s.name, "requests expired", "service", s.name, "client", string(r.client[0]))
+		b.count(s, expired, 1)
+		b.dequeue(r)
+		b.fail(r, exitUnavailable, fmt.Sprintf("no worker came within %v", time.Duration(b.QueueTTL)))
+		b.settle(s)
 	}
 }
 
@@ -481,11 +609,19 @@ func (b *Broker) expel(w *worker, why string) {
 	b.lose(w, errors.New(why))
 }
 
-// lose gives a worker up. What it was working on may be done or half done, so no
-// other worker gets it, and the client learns of it at once.
+// lose gives a worker up. What it was working on may be done or half done: another
+// worker gets it only where that was asked for, else the client learns of it at once.
 func (b *Broker) lose(w *worker, why error) {
-	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "why", why)
-	if r := b.remove(w); r != nil {
+	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "busy", w.request != nil, "why", why)
+	b.count(w.service, lostWorkers, 1)
+	r := b.remove(w)
+	switch {
+	case r == nil:
+	case r.redelivered < b.Redeliver:
+		r.redelivered++
+		b.count(r.service, redelivered, 1)
+		b.enqueue(r, r.service.waiting.PushFront)
+	default:
 		b.fail(r, exitUnavailable, "the worker was lost while it had the request; it may have been done")
 	}
 }
@@ -493,29 +629,48 @@ func (b *Broker) lose(w *worker, why error) {
 // remove forgets a worker and returns the request that it had, or nil.
 func (b *Broker) remove(w *worker) *request {
 	delete(b.workers, w.identity)
-	s := w.service
-	s.workers--
-	if w.place != nil {
-		s.idle.Remove(w.place)
+	w.service.workers--
+	if w.service.workers == 0 {
+		w.service.orphaned = b.now
 	}
-	if s.workers == 0 && s.waiting.Len() == 0 {
-		delete(b.services, s.name)
+	if w.place != nil {
+		w.service.idle.Remove(w.place)
 	}
 	return w.request
 }
 
-// fail ends a request with a status reply of the broker's own.
-func (b *Broker) fail(r *request, status int, why string) {
-	text := fmt.Sprintf("bbroker: %s: %s\n", r.service, why)
-	b.reply(r.client, r.service, statusReply(nil, []byte(text), status))
+// refuse ends a request that may come again later.
+func (b *Broker) refuse(r *request, why string) {
+	b.warn("refused "+r.service.name, "requests refused", "service", r.service.name, "client", string(r.client[0]), "why", why)
+	b.count(r.service, refused, 1)
+	b.fail(r, exitTemporary, why)
 }
 
-// reply ends a request. A client that is gone, or does not read, loses its reply.
-func (b *Broker) reply(client [][]byte, service []byte, body [][]byte) {
-	err := b.send(Message{Address: client, Kind: KindClient, Service: service, Body: body}.Frames())
-	if err != nil {
-		b.log.Debug("reply dropped", "client", string(client[0]), "service", string(service), "why", err)
+// fail ends a request with a status reply of the broker's own.
+func (b *Broker) fail(r *request, status int, why string) {
+	b.finish(r, statusReply(nil, fmt.Appendf(nil, "bbroker: %s: %s\n", r.service.name, why), status))
+}
+
+// finish ends a request with a reply. A client that is gone, or does not read, loses
+// it, and nobody else waits.
+func (b *Broker) finish(r *request, body [][]byte) {
+	b.end(r)
+	if err := b.reply(r.client, r.service.name, body); err != nil {
+		b.count(r.service, droppedReplies, 1)
+		b.log.Debug("reply dropped", "client", string(r.client[0]), "service", r.service.name, "why", err)
+		return
 	}
+	b.count(r.service, bytesOut, uint64(sizeOf(body)))
+}
+
+// end is the end of every request that was taken.
+func (b *Broker) end(r *request) {
+	b.open--
+	b.held -= sizeOf(r.body)
+}
+
+func (b *Broker) reply(client [][]byte, service string, body [][]byte) error {
+	return b.send(Message{Address: client, Kind: KindClient, Service: []byte(service), Body: body}.Frames())
 }
 
 // sendWorker sends a message to a worker. An error means that the worker is unreachable,
@@ -525,33 +680,60 @@ func (b *Broker) sendWorker(identity string, m Message) error {
 	return b.send(m.Frames())
 }
 
-// Stop answers every request and says DISCONNECT to every worker. The broker is of
-// no use afterwards.
-func (b *Broker) Stop() {
-	const why = "the broker is shutting down"
+// Drain makes the broker refuse new requests and those that wait.
+func (b *Broker) Drain() {
+	b.draining = true
 	for _, s := range b.services {
-		for e := s.waiting.Front(); e != nil; e = e.Next() {
-			b.fail(e.Value.(*request), exitTemporary, why)
-		}
-	}
-	for _, w := range b.workers {
-		b.sendWorker(w.identity, Message{Kind: KindDisconnect})
-		if w.request != nil {
-			b.fail(w.request, exitTemporary, why)
-		}
+		b.refuseWaiting(s)
 	}
 }
 
-// accuse logs what was wrong with a message, once for each peer.
-func (b *Broker) accuse(peer []byte, err error) {
-	if b.accused[string(peer)] {
+// Drained tells whether every request has ended.
+func (b *Broker) Drained() bool { return b.open == 0 }
+
+// Stop answers every request that is left and says DISCONNECT to every worker. The
+// broker is of no use afterwards.
+func (b *Broker) Stop() {
+	b.Drain()
+	for _, w := range b.workers {
+		b.sendWorker(w.identity, Message{Kind: KindDisconnect})
+		if r := b.remove(w); r != nil {
+			b.refuse(r, "the broker is shutting down; the request may have been done")
+		}
+		b.settle(w.service)
+	}
+}
+
+func (b *Broker) refuseWaiting(s *service) {
+	for s.waiting.Len() > 0 {
+		r := s.waiting.Front().Value.(*request)
+		b.dequeue(r)
+		b.refuse(r, "the broker is shutting down")
+	}
+	b.settle(s)
+}
+
+// warn logs what could come again and again, from strangers too: the same once a
+// minute, and so many different ones.
+func (b *Broker) warn(what, message string, attrs ...any) {
+	const most = 100
+	if b.warned[what] || len(b.warned) > most {
 		return
 	}
-	if len(b.accused) >= 1000 { // strangers must not fill the memory
-		clear(b.accused)
+	b.warned[what] = true
+	if len(b.warned) > most {
+		b.log.Warn("too many different warnings, silent for up to a minute")
+		return
 	}
-	b.accused[string(peer)] = true
-	b.log.Warn("bad message", "peer", string(peer), "why", err)
+	b.log.Warn(message, attrs...)
+}
+
+func sizeOf(body [][]byte) size {
+	n := 0
+	for _, frame := range body {
+		n += len(frame)
+	}
+	return size(n)
 }
 
 // tokens are the names of requests towards workers: printable, and no two alike, in
@@ -564,4 +746,226 @@ type tokens struct {
 func (t *tokens) next() []byte {
 	t.count++
 	return strconv.AppendUint(fmt.Appendf(nil, "%08x.", t.run), t.count, 10)
+}
+
+// From here on: what a person can see of the broker.
+
+// manage answers a request to the broker itself (RFC 8, and more).
+func (b *Broker) manage(name string, client, body [][]byte) []byte {
+	switch name {
+	case mmiService:
+		if len(body) != 1 {
+			return []byte(mmiBadRequest)
+		}
+		s, ok := b.services[string(body[0])]
+		return found(ok && s.workers > 0)
+	case mmiCancel:
+		return found(b.cancel(client) > 0)
+	case mmiServices:
+		return b.table()
+	case mmiMetrics:
+		return b.metrics()
+	}
+	return []byte(mmiNotImplemented)
+}
+
+func found(yes bool) []byte {
+	if yes {
+		return []byte(mmiFound)
+	}
+	return []byte(mmiNotFound)
+}
+
+// cancel drops the waiting requests of a client and returns how many. They are those
+// whose address begins with the client's: it may have put frames of its own behind,
+// and others may share its identity behind a proxy.
+func (b *Broker) cancel(client [][]byte) (dropped int) {
+	own, ok := b.waiting[string(client[0])]
+	if !ok {
+		return 0
+	}
+	for e := own.Front(); e != nil; {
+		r := e.Value.(*request)
+		e = e.Next()
+		if len(r.client) < len(client) || !slices.EqualFunc(r.client[:len(client)], client, bytes.Equal) {
+			continue
+		}
+		b.dequeue(r)
+		b.end(r)
+		b.count(r.service, cancelled, 1)
+		b.settle(r.service)
+		dropped++
+	}
+	return dropped
+}
+
+// A tally is what happened to one service, or to all there ever were.
+type tally struct {
+	counts [len(counters)]uint64
+	times  [len(durations)]histogram
+}
+
+type counter int
+
+const (
+	requests counter = iota
+	replies
+	failures
+	lostWorkers
+	redelivered
+	refused
+	expired
+	cancelled
+	droppedReplies
+	bytesIn
+	bytesOut
+)
+
+// A metric is a name and a help text as Prometheus wants them.
+type metric struct{ name, help string }
+
+var counters = [...]metric{
+	requests:       {"requests_total", "Requests that came from clients."},
+	replies:        {"replies_total", "Replies that came from workers."},
+	failures:       {"failures_total", "Replies that told of a failed command."},
+	lostWorkers:    {"lost_workers_total", "Workers that were gone or silent or broke the protocol."},
+	redelivered:    {"redelivered_total", "Requests of lost workers that were given to another."},
+	refused:        {"refused_total", "Requests refused with status 75."},
+	expired:        {"expired_total", "Requests that no worker came for."},
+	cancelled:      {"cancelled_total", "Requests that their client gave up before they began."},
+	droppedReplies: {"dropped_replies_total", "Replies whose client was gone or did not read."},
+	bytesIn:        {"request_bytes_total", "Bytes in the bodies of requests."},
+	bytesOut:       {"reply_bytes_total", "Bytes in the bodies of replies that were sent."},
+}
+
+const (
+	waited = iota
+	served
+)
+
+var durations = [...]metric{
+	waited: {"wait_seconds", "Time from a request's arrival to its worker."},
+	served: {"serve_seconds", "Time from a request's worker to its reply."},
+}
+
+func (b *Broker) count(s *service, c counter, n uint64) {
+	b.total.counts[c] += n
+	s.tally.counts[c] += n
+}
+
+func (b *Broker) observe(s *service, which int, d time.Duration) {
+	b.total.times[which].observe(d)
+	s.tally.times[which].observe(d)
+}
+
+// A histogram counts durations up to each of its bounds, in seconds.
+type histogram struct {
+	buckets [len(bounds)]uint64
+	count   uint64
+	sum     time.Duration
+}
+
+var bounds = [...]float64{0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300}
+
+func (h *histogram) observe(d time.Duration) {
+	h.count++
+	h.sum += d
+	if i, _ := slices.BinarySearch(bounds[:], d.Seconds()); i < len(bounds) {
+		h.buckets[i]++
+	}
+}
+
+// sorted are the services by name.
+func (b *Broker) sorted() []*service {
+	return slices.SortedFunc(maps.Values(b.services), func(x, y *service) int { return strings.Compare(x.name, y.name) })
+}
+
+// table is the reply to mmi.services: a line for each, with a header. Names that would
+// break a line are quoted.
+func (b *Broker) table() []byte {
+	out := []byte("service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n")
+	for _, s := range b.sorted() {
+		name := s.name
+		if quoted := strconv.Quote(name); quoted != `"`+name+`"` {
+			name = quoted
+		}
+		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", name, s.workers, s.idle.Len(), s.waiting.Len(),
+			s.workers-s.idle.Len(), s.tally.counts[replies], s.tally.counts[failures])
+	}
+	return out
+}
+
+// metrics is the reply to mmi.metrics: Prometheus' text format. What ends in _total or
+// is a histogram of a service begins anew when the service was gone for a while; the
+// broker's own go on.
+func (b *Broker) metrics() []byte {
+	var out []byte
+	// family writes one metric: of the broker, and of each service.
+	family := func(kind string, m metric, samples func(name, label string, s *service)) {
+		head := func(prefix string) string {
+			out = fmt.Appendf(out, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, m.name, m.help, prefix, m.name, kind)
+			return prefix + m.name
+		}
+		samples(head("backbone_"), "", nil)
+		name := head("backbone_service_")
+		for _, s := range b.sorted() {
+			samples(name, fmt.Sprintf("service=\"%s\"", labelEscaper.Replace(strings.ToValidUTF8(s.name, "\uFFFD"))), s)
+		}
+	}
+	gauge := func(name, help string, value func(*service) int, total int) {
+		family("gauge", metric{name, help}, func(name, label string, s *service) {
+			n := total
+			if s != nil {
+				n = value(s)
+			}
+			out = fmt.Appendf(out, "%s%s %d\n", name, braced(label), n)
+		})
+	}
+	tallyOf := func(s *service) *tally {
+		if s == nil {
+			return &b.total
+		}
+		return &s.tally
+	}
+
+	out = fmt.Appendf(out, "# HELP backbone_uptime_seconds Time since the broker began.\n"+
+		"# TYPE backbone_uptime_seconds gauge\nbackbone_uptime_seconds %g\n", b.now.Sub(b.born).Seconds())
+	idle, queue := 0, 0
+	for _, s := range b.services {
+		idle += s.idle.Len()
+		queue += s.waiting.Len()
+	}
+	gauge("workers", "Workers that are registered.", func(s *service) int { return s.workers }, len(b.workers))
+	gauge("idle_workers", "Workers without a request.", func(s *service) int { return s.idle.Len() }, idle)
+	gauge("queue_length", "Requests that wait for a worker.", func(s *service) int { return s.waiting.Len() }, queue)
+	for c, m := range counters {
+		family("counter", m, func(name, label string, s *service) {
+			out = fmt.Appendf(out, "%s%s %d\n", name, braced(label), tallyOf(s).counts[c])
+		})
+	}
+	for d, m := range durations {
+		family("histogram", m, func(name, label string, s *service) {
+			h, below := &tallyOf(s).times[d], uint64(0)
+			comma := ""
+			if label != "" {
+				comma = ","
+			}
+			for i, bound := range bounds {
+				below += h.buckets[i]
+				out = fmt.Appendf(out, "%s_bucket{%s%sle=\"%g\"} %d\n", name, label, comma, bound, below)
+			}
+			out = fmt.Appendf(out, "%s_bucket{%s%sle=\"+Inf\"} %d\n", name, label, comma, h.count)
+			out = fmt.Appendf(out, "%s_sum%s %g\n%s_count%s %d\n", name, braced(label), h.sum.Seconds(), name, braced(label), h.count)
+		})
+	}
+	return out
+}
+
+var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+
+func braced(label string) string {
+	if label == "" {
+		return ""
+	}
+	return "{" + label + "}"
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -26,6 +27,13 @@ type fakeRouter struct {
 	clock  time.Time
 }
 
+var testRules = brokerRules{
+	heartbeatFlags: heartbeatFlags{Heartbeat: duration(time.Second), Liveness: 5},
+	QueueTTL:       duration(time.Minute),
+	MaxQueue:       10,
+	MaxMemory:      1 << 20,
+}
+
 func newFakeRouter(t *testing.T) *fakeRouter {
 	r := &fakeRouter{t: t, failed: map[string]error{}, clock: time.Unix(0, 0)}
 	send := func(frames [][]byte) error {
@@ -35,8 +43,7 @@ func newFakeRouter(t *testing.T) *fakeRouter {
 		r.sent = append(r.sent, spell(frames))
 		return nil
 	}
-	flags := heartbeatFlags{Heartbeat: duration(time.Second), Liveness: 5}
-	r.Broker = NewBroker(flags, send, slog.New(slog.NewTextHandler(&r.log, nil)))
+	r.Broker = NewBroker(testRules, r.clock, send, slog.New(slog.NewTextHandler(&r.log, nil)))
 	r.Tick(r.clock)
 	return r
 }
@@ -44,7 +51,7 @@ func newFakeRouter(t *testing.T) *fakeRouter {
 // from lets the broker receive a message of a peer's.
 func (r *fakeRouter) from(spelled ...string) {
 	r.t.Helper()
-	r.Receive(frames(spelled...))
+	r.Receive(frames(spelled...), r.clock)
 }
 
 // pass lets n heartbeats go by.
@@ -456,6 +463,222 @@ func TestStopAnswersEveryRequestAndTakesLeaveOfEveryWorker(t *testing.T) {
 	)
 }
 
+func TestLostWorkersRequestIsRedeliveredAsOftenAsAllowed(t *testing.T) {
+	r := newFakeRouter(t)
+	r.Redeliver = 1
+	r.from("W1", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo", "x")
+	token := r.expect(toWorker("W1", "*", "x"))[0]
+	r.failed["W1"] = errGone
+	r.pass(1)
+	r.expect()
+	r.from("W2", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("W2", token, "x"))
+	delete(r.failed, "W1")
+	r.from("W1", "", "MDPW01", "\x03", token, "", "late")
+	r.expect(disconnectTo("W1"))
+	r.failed["W2"] = errGone
+	r.pass(1)
+	r.expect([]string{"C", "", "MDPC01", "echo", "", "*", "exit status 69"})
+}
+
+func TestRequestExpiresWhenNoWorkerComes(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("C1", "", "MDPC01", "echo", "1")
+	r.pass(30)
+	r.from("C2", "", "MDPC01", "echo", "2")
+	r.pass(29)
+	r.expect()
+	r.pass(1)
+	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 69"})
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("W", "*", "2"))
+}
+
+func TestRequestDoesNotExpireWhileItsServiceIsServed(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "echo")
+	r.from("C1", "", "MDPC01", "echo", "1")
+	r.from("C2", "", "MDPC01", "echo", "2")
+	r.expect(toWorker("W1", "*", "1"))
+	r.pass(1000)
+	r.failed["W1"] = errGone
+	r.sent = nil
+	r.pass(1)
+	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 69"})
+	r.pass(59) // from when the last worker was lost
+	r.from("W2", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("W2", "*", "2"))
+}
+
+func TestRequestsWaitForEverWithoutAQueueTTL(t *testing.T) {
+	r := newFakeRouter(t)
+	r.QueueTTL = 0
+	r.from("C", "", "MDPC01", "echo", "x")
+	r.pass(100_000)
+	r.expect()
+}
+
+func TestFullQueueRefuses(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	for range 11 { // one with the worker, ten in the queue
+		r.from("C", "", "MDPC01", "echo")
+	}
+	r.expect(toWorker("W", "*"))
+	r.from("D", "", "MDPC01", "echo")
+	r.from("D", "", "MDPC01", "echo")
+	refusal := []string{"D", "", "MDPC01", "echo", "", "bbroker: echo: the queue is full\n", "exit status 75"}
+	r.expect(refusal, refusal)
+	r.from("D", "", "MDPC01", "other")
+	r.expect()
+	r.expectLog(1, "requests refused", "service=echo", "the queue is full")
+}
+
+func TestBrokerHoldsNoMoreBytesThanItMay(t *testing.T) {
+	r := newFakeRouter(t)
+	half := strings.Repeat("x", 1<<19)
+	r.from("W", "", "MDPW01", "\x01", "a")
+	r.from("C", "", "MDPC01", "a", half)
+	r.from("C", "", "MDPC01", "b", half)
+	token := r.expect(toWorker("W", "*", half))[0]
+	r.from("D", "", "MDPC01", "c", "x")
+	r.expect([]string{"D", "", "MDPC01", "c", "", "*", "exit status 75"})
+	r.from("W", "", "MDPW01", "\x03", token, "", "done")
+	r.from("D", "", "MDPC01", "c", "x")
+	r.expect([]string{"C", "", "MDPC01", "a", "done"})
+}
+
+func TestCancelDropsTheWaitingRequestsOfItsClientOnly(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "a")
+	r.from("C", "", "MDPC01", "a", "in flight")
+	token := r.expect(toWorker("W", "*", "in flight"))[0]
+	r.from("C", "", "MDPC01", "a", "waits")
+	r.from("C", "7", "", "MDPC01", "b", "waits with a frame of the client's own")
+	r.from("D", "", "MDPC01", "a", "another client's")
+	r.from("C", "", "MDPC01", "mmi.cancel")
+	r.expect([]string{"C", "", "MDPC01", "mmi.cancel", "200"})
+	r.from("C", "", "MDPC01", "mmi.cancel")
+	r.expect([]string{"C", "", "MDPC01", "mmi.cancel", "404"})
+	r.from("W", "", "MDPW01", "\x03", token, "", "done")
+	r.expect([]string{"C", "", "MDPC01", "a", "done"}, toWorker("W", "*", "another client's"))
+	r.from("V", "", "MDPW01", "\x01", "b")
+	r.expect()
+}
+
+func TestCancelBehindAProxyIsForOneOfItsClients(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("proxy", "C", "", "MDPC01", "a", "1")
+	r.from("proxy", "D", "", "MDPC01", "a", "2")
+	r.from("proxy", "C", "", "MDPC01", "mmi.cancel")
+	r.expect([]string{"proxy", "C", "", "MDPC01", "mmi.cancel", "200"})
+	r.from("W", "", "MDPW01", "\x01", "a")
+	r.expect(toWorker("W", "*", "2"))
+}
+
+func TestDrainingBrokerRefusesNewRequestsAndAwaitsReplies(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C1", "", "MDPC01", "echo", "in flight")
+	r.from("C2", "", "MDPC01", "echo", "waiting")
+	token := r.expect(toWorker("W", "*", "in flight"))[0]
+	r.Drain()
+	r.expect([]string{"C2", "", "MDPC01", "echo", "", "*", "exit status 75"})
+	r.from("C3", "", "MDPC01", "echo", "new")
+	r.expect([]string{"C3", "", "MDPC01", "echo", "", "*", "exit status 75"})
+	if r.Drained() {
+		t.Error("the broker takes itself for drained")
+	}
+	r.from("W", "", "MDPW01", "\x03", token, "", "done")
+	r.expect([]string{"C1", "", "MDPC01", "echo", "done"})
+	if !r.Drained() {
+		t.Error("the broker waits for nothing")
+	}
+}
+
+func TestTableHasALineForEachService(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W1", "", "MDPW01", "\x01", "echo")
+	r.from("W2", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "odd\tname\n")
+	for _, reply := range [][]string{{"fine"}, {"", "", "exit status 1"}, {"", "", "exit status 0"}} {
+		r.from("C", "", "MDPC01", "echo")
+		wild := r.expect([]string{"*", "", "MDPW01", "\x02", "*", ""})
+		r.from(append([]string{wild[0], "", "MDPW01", "\x03", wild[1], ""}, reply...)...)
+		r.sent = nil
+	}
+	r.from("C", "", "MDPC01", "echo")
+	r.sent = nil
+	r.from("C", "", "MDPC01", "mmi.services")
+	r.expect([]string{"C", "", "MDPC01", "mmi.services",
+		"service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n" +
+			"echo\t2\t1\t0\t1\t3\t1\n" +
+			"\"odd\\tname\\n\"\t0\t0\t1\t0\t0\t0\n"})
+}
+
+func TestMetricsAreWhatHappened(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo\"\xff")
+	r.from("C", "", "MDPC01", "echo\"\xff", "hello")
+	token := r.expect(toWorker("W", "*", "hello"))[0]
+	r.from("C", "", "MDPC01", "echo\"\xff", "bye")
+	r.clock = r.clock.Add(time.Second / 2)
+	r.from("W", "", "MDPW01", "\x03", token, "", "it is", "done")
+	r.sent = nil
+	r.failed["C"] = errGone
+	r.failed["W"] = errGone
+	r.pass(1)
+	delete(r.failed, "C")
+	r.from("C", "", "MDPC01", "mmi.metrics")
+	metrics := r.expect([]string{"C", "", "MDPC01", "mmi.metrics", "*"})[0]
+	for _, line := range []string{
+		"# TYPE backbone_requests_total counter",
+		"backbone_uptime_seconds 1.5",
+		"backbone_workers 0",
+		"backbone_queue_length 0",
+		"backbone_requests_total 2",
+		"backbone_replies_total 1",
+		"backbone_lost_workers_total 1",
+		"backbone_dropped_replies_total 1",
+		"backbone_request_bytes_total 8",
+		"backbone_reply_bytes_total 9",
+		`backbone_serve_seconds_bucket{le="0.3"} 0`,
+		`backbone_serve_seconds_bucket{le="1"} 1`,
+		`backbone_serve_seconds_bucket{le="+Inf"} 1`,
+		"backbone_serve_seconds_sum 0.5",
+		"backbone_wait_seconds_count 2",
+	} {
+		if !strings.Contains(metrics, "\n"+line+"\n") {
+			t.Errorf("the metrics lack %q", line)
+		}
+	}
+	if strings.Contains(metrics, "echo") {
+		t.Error("a service that is gone is in the metrics")
+	}
+
+	r.from("V", "", "MDPW01", "\x01", "echo\"\xff")
+	r.from("C", "", "MDPC01", "mmi.metrics")
+	metrics = r.expect([]string{"C", "", "MDPC01", "mmi.metrics", "*"})[0]
+	if line := "backbone_service_workers{service=\"echo\\\"\uFFFD\"} 1\n"; !strings.Contains(metrics, line) {
+		t.Errorf("the metrics lack %q", line)
+	}
+	seen := map[string]bool{}
+	for line := range strings.Lines(metrics) {
+		if !metricLine.MatchString(line) {
+			t.Errorf("no line of Prometheus' format: %q", line)
+		}
+		if sample, _, ok := strings.Cut(line, " "); ok && sample != "#" && seen[sample] {
+			t.Errorf("%s stands twice", sample)
+		} else {
+			seen[sample] = true
+		}
+	}
+}
+
+var metricLine = regexp.MustCompile(`^(# HELP [a-z_]+ .+|# TYPE [a-z_]+ (counter|gauge|histogram)|` +
+	`[a-z_]+(\{[a-z]+="([^"\\]|\\.)*"(,le="[^"]+")?\})? [0-9.e+-]+)\n$`)
+
 func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 	r := newFakeRouter(t)
 	for range 3 {
@@ -466,7 +689,7 @@ func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 		r.from("other", "", "MDPX01", "echo")
 		r.from("proxy", "deep", "", "MDPW01", "\x01", "echo")
 	}
-	r.Receive(nil)
+	r.Receive(nil, r.clock)
 	r.expect()
 	r.expectLog(1, "bad message", "peer=stranger")
 	r.expectLog(1, "bad message", "peer=other", "no MDPC01 or MDPW01")
@@ -482,9 +705,13 @@ func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
 	for i := range 5000 {
 		r.from(fmt.Sprint("stranger", i))
 	}
-	if len(r.accused) > 1000 {
-		t.Errorf("the broker remembers %d strangers", len(r.accused))
+	if len(r.warned) > 101 || strings.Count(r.log.String(), "\n") > 101 {
+		t.Errorf("the broker remembers %d strangers", len(r.warned))
 	}
+	r.expectLog(1, "too many different warnings")
+	r.pass(61)
+	r.from("stranger")
+	r.expectLog(1, "bad message", "peer=stranger ")
 }
 
 // From here on: the wire, against raw sockets that spell the frames out.
@@ -492,15 +719,16 @@ func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
 // startBroker runs a broker's loop until the end of the test.
 func startBroker(t testing.TB) (endpoint string) {
 	t.Helper()
-	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"})
+	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
 	stop, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() {
-		flags := heartbeatFlags{Heartbeat: duration(50 * time.Millisecond), Liveness: 100}
-		err := serve(stop, socket, flags, slog.New(slog.DiscardHandler))
+		rules := testRules
+		rules.heartbeatFlags = heartbeatFlags{Heartbeat: duration(50 * time.Millisecond), Liveness: 100}
+		err := serve(stop, socket, rules, time.Second, slog.New(slog.DiscardHandler))
 		socket.Close()
 		ended <- err
 	}()
@@ -605,7 +833,7 @@ func TestPeersWrittenFromTheRFCAreServed(t *testing.T) {
 
 func TestBrokerListensOnSeveralEndpoints(t *testing.T) {
 	ipc := "ipc://" + filepath.Join(t.TempDir(), "b")
-	socket, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"})
+	socket, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"}, 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}

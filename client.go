@@ -3,11 +3,13 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/signal"
 	"time"
 
 	"github.com/mattn/go-isatty"
@@ -55,7 +57,7 @@ and of brequest and the broker:
   75        the broker refuses for now; try again later
   76        the answer is not that of an MDP broker
   124       no reply within the timeout
-  130, 143  SIGINT or SIGTERM ended the wait
+  130, 143  SIGINT or SIGTERM ended the wait; a request that waited too is taken back
 
 Examples:
   $ brequest ls-service
@@ -89,8 +91,18 @@ func (t *requestTool) Run() error {
 		return &failure{status: exitIO, err: err}
 	}
 
+	// A signal lets Send take the request back; a second one ends the process at once.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, stopSignals()...)
+	stop, interrupt := context.WithCancelCause(context.Background())
+	go func() {
+		s := <-signals
+		signal.Stop(signals)
+		interrupt(signalled(s))
+	}()
+
 	v := t.voice("brequest")
-	client := NewClient(endpoint)
+	client := NewClient(stop, endpoint)
 	v.detail("%s: asking at %s with %d frames", t.Name, endpoint, len(body))
 	reply, err := client.Send(t.Name, body, time.Duration(t.Timeout))
 	if err != nil {
@@ -162,14 +174,17 @@ func (t *requestTool) print(stdout *os.File, body [][]byte) error {
 
 // explain makes of an error of Client.Send what a person can use.
 func (t *requestTool) explain(client *Client, err error) error {
+	if client.stop.Err() != nil {
+		return context.Cause(client.stop)
+	}
 	err = fmt.Errorf("%s: %w", t.Name, err)
 	switch {
 	case errors.Is(err, errNoBroker):
-		return &failure{exitUnavailable, err, "start one with bbroker, or tell where it is with --broker, --host or --port"}
+		return &failure{status: exitUnavailable, err: err, hint: "start one with bbroker, or tell where it is with --broker, --host or --port"}
 	case errors.Is(err, errLost):
-		return &failure{exitUnavailable, err, "the request may have been done; ask again where that does no harm"}
+		return &failure{status: exitUnavailable, err: err, hint: "the request may have been done, or it is longer than bbroker --max-message"}
 	case errors.Is(err, errProtocol):
-		return &failure{exitProtocol, err, "is that an MDP/0.1 broker?"}
+		return &failure{status: exitProtocol, err: err, hint: "is that an MDP/0.1 broker?"}
 	case !errors.Is(err, errTimeout):
 		return err
 	}
@@ -199,7 +214,9 @@ func (t *requestTool) explain(client *Client, err error) error {
 // goroutine.
 type Client struct {
 	endpoint string
+	stop     context.Context
 	link     *link // nil when not connected
+	waker    *waker
 }
 
 var (
@@ -209,8 +226,9 @@ var (
 	errProtocol = errors.New("bad reply")
 )
 
-func NewClient(endpoint string) *Client {
-	return &Client{endpoint: endpoint}
+// NewClient makes a client whose Send ends when stop is done.
+func NewClient(stop context.Context, endpoint string) *Client {
+	return &Client{endpoint: endpoint, stop: stop}
 }
 
 // Connect makes a connection to the broker, which need not be there yet. Send does
@@ -219,15 +237,24 @@ func (c *Client) Connect() error {
 	if c.link != nil {
 		return nil
 	}
+	waker, err := newWaker()
+	if err != nil {
+		return err
+	}
 	link, err := dial("brequest", c.endpoint)
-	c.link = link
-	return err
+	if err != nil {
+		waker.Close()
+		return err
+	}
+	c.link, c.waker = link, waker
+	return nil
 }
 
 // Disconnect forgets the connection and what may still come over it.
 func (c *Client) Disconnect() {
 	if c.link != nil {
 		c.link.Close()
+		c.waker.Close()
 		c.link = nil
 	}
 }
@@ -237,8 +264,10 @@ func (c *Client) Endpoint() string { return c.endpoint }
 // Send asks a service and returns the body of its reply, which may be a status reply.
 // A timeout of 0 is none. It fails with errNoBroker when none took the request, with
 // errLost when the connection broke before the reply, with errTimeout when no reply
-// came, and with errProtocol when something else came. After any failure the client is
-// not connected any more, so that a late reply cannot be taken for the next.
+// came, with errProtocol when something else came, and with the error of stop.
+//
+// A request that it gives up is taken back if it has not begun. After any failure the
+// client is not connected any more, so that a late reply cannot be taken for the next.
 func (c *Client) Send(service string, body [][]byte, timeout time.Duration) ([][]byte, error) {
 	if err := c.Connect(); err != nil {
 		return nil, err
@@ -248,51 +277,81 @@ func (c *Client) Send(service string, body [][]byte, timeout time.Duration) ([][
 		deadline = time.Now().Add(timeout)
 	}
 	reply, err := c.exchange(service, body, deadline)
-	if err != nil {
-		c.Disconnect()
+	if err == nil {
+		return reply, nil
 	}
+	if c.link.connected {
+		c.cancel()
+	}
+	c.Disconnect()
 	switch err {
 	case errNoBroker:
-		return nil, fmt.Errorf("%w at %s within %v", err, c.endpoint, timeout)
+		err = fmt.Errorf("%w at %s within %v", err, c.endpoint, timeout)
 	case errLost:
-		return nil, fmt.Errorf("%w at %s before its reply", err, c.endpoint)
+		err = fmt.Errorf("%w at %s before its reply", err, c.endpoint)
 	case errTimeout:
-		return nil, fmt.Errorf("%w from %s within %v", err, c.endpoint, timeout)
+		err = fmt.Errorf("%w from %s within %v", err, c.endpoint, timeout)
 	}
-	return reply, err
+	return nil, err
 }
 
 // exchange sends the request to the broker, or to the first that comes, and waits for
 // the reply.
-//
-// This is why a client has no ZMQ_IMMEDIATE: with it, libzmq 4.3.4 throws away a reply
-// that it has received but not yet handed out when the connection breaks, as it does
-// right after the last words of a broker that stops.
 func (c *Client) exchange(service string, body [][]byte, deadline time.Time) ([][]byte, error) {
-	request := Message{Kind: KindClient, Service: []byte(service), Body: body}.Frames()
-	if err := send(c.link.Socket, request); err != nil {
+	request := Message{Kind: KindClient, Service: []byte(service), Body: body}
+	if err := send(c.link.Socket, request.Frames()); err != nil {
 		return nil, err
 	}
-	poller := zmq.NewPoller()
-	poller.Add(c.link.Socket, zmq.POLLIN)
-	poller.Add(c.link.monitor, zmq.POLLIN)
+	frames, err := c.next(c.stop, deadline)
+	if err != nil {
+		return nil, err
+	}
+	return c.open(frames, service)
+}
+
+// cancel takes back a request that has not begun. It waits for the broker's answer, to
+// be sure that the cancel left, but not for long: brokers other than ours know nothing
+// of it.
+func (c *Client) cancel() {
+	request := Message{Kind: KindClient, Service: []byte(mmiCancel)}
+	if err := send(c.link.Socket, request.Frames()); err != nil {
+		return
+	}
+	deadline := time.Now().Add(time.Second / 2)
 	for {
-		polled, err := poller.Poll(untilDeadline(deadline))
+		frames, err := c.next(context.Background(), deadline)
 		if err != nil {
-			return nil, fmt.Errorf("poll: %w", err)
+			return
+		}
+		if _, err := c.open(frames, mmiCancel); err == nil {
+			return
+		}
+	}
+}
+
+// next waits for the next message.
+//
+// For its sake a client has no ZMQ_IMMEDIATE: with it, libzmq 4.3.4 throws away a reply
+// that it has received but not yet handed out when the connection breaks, as it does
+// right after the last words of a broker that stops.
+func (c *Client) next(stop context.Context, deadline time.Time) ([][]byte, error) {
+	defer context.AfterFunc(stop, c.waker.Wake)()
+	for {
+		if _, err := c.waker.Wait(c.link.Socket, zmq.POLLIN, deadline, c.link.monitor); err != nil {
+			return nil, err
 		}
 		if err := c.link.Look(); err != nil {
 			return nil, err
 		}
 		frames, err := receive(c.link.Socket)
 		switch {
-		case err != nil:
-			return nil, err
-		case frames != nil:
-			return c.open(frames, service)
+		case err != nil || frames != nil:
+			return frames, err
 		case c.link.lost:
 			return nil, errLost
-		case len(polled) > 0:
+		case stop.Err() != nil:
+			return nil, stop.Err()
+		case deadline.IsZero() || time.Now().Before(deadline):
 			continue
 		case c.link.connected:
 			return nil, errTimeout

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -14,11 +15,14 @@ import (
 )
 
 // serveOnce lets a raw broker answer the next request with what reply makes of it.
-// It returns the request when it came.
+// It returns the request when it came. It knows nothing of mmi.cancel.
 func serveOnce(broker peer, reply func(request []string) []string) <-chan []string {
 	came := make(chan []string, 1)
 	go func() {
 		request, err := broker.RecvMessageBytes(0)
+		for err == nil && string(request[3]) == "mmi.cancel" {
+			request, err = broker.RecvMessageBytes(0)
+		}
 		if err != nil {
 			close(came)
 			return
@@ -33,7 +37,7 @@ func serveOnce(broker peer, reply func(request []string) []string) <-chan []stri
 
 func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 	broker, endpoint := bindPeer(t)
-	client := NewClient(endpoint)
+	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	if client.Endpoint() != endpoint {
 		t.Errorf("Endpoint() = %q, want %q", client.Endpoint(), endpoint)
@@ -56,13 +60,13 @@ func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 }
 
 func TestClientTellsNoBrokerFromNoReply(t *testing.T) {
-	client := NewClient("ipc://" + t.TempDir() + "/nobody")
+	client := NewClient(context.Background(), "ipc://"+t.TempDir()+"/nobody")
 	if _, err := client.Send("echo", nil, 50*time.Millisecond); !errors.Is(err, errNoBroker) {
 		t.Errorf("without a broker: %v", err)
 	}
 
 	broker, endpoint := bindPeer(t)
-	client = NewClient(endpoint)
+	client = NewClient(context.Background(), endpoint)
 	came := serveOnce(broker, func([]string) []string { return nil })
 	if _, err := client.Send("echo", nil, time.Second); !errors.Is(err, errTimeout) {
 		t.Errorf("without a reply: %v", err)
@@ -74,7 +78,7 @@ func TestClientTellsNoBrokerFromNoReply(t *testing.T) {
 
 func TestClientWaitsForABrokerThatIsNotThereYet(t *testing.T) {
 	endpoint := "ipc://" + t.TempDir() + "/late"
-	client := NewClient(endpoint)
+	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	reply := make(chan []string)
 	go func() {
@@ -100,7 +104,7 @@ func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
 		if err := broker.SetLinger(time.Second); err != nil {
 			t.Fatal(err)
 		}
-		client := NewClient(endpoint)
+		client := NewClient(context.Background(), endpoint)
 		go func() {
 			request, err := broker.RecvMessageBytes(0)
 			if err != nil {
@@ -119,9 +123,45 @@ func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
 	}
 }
 
+func TestClientTakesBackWhatItGivesUp(t *testing.T) {
+	for _, giveUp := range []string{"timeout", "stop"} {
+		t.Run(giveUp, func(t *testing.T) {
+			broker, endpoint := bindPeer(t)
+			stop, cancel := context.WithCancel(context.Background())
+			client := NewClient(stop, endpoint)
+			ended := make(chan error)
+			go func() {
+				timeout := 10 * time.Second
+				if giveUp == "timeout" {
+					timeout = 100 * time.Millisecond
+				}
+				_, err := client.Send("echo", frames("hello"), timeout)
+				ended <- err
+			}()
+			request := broker.recv()
+			if giveUp == "stop" {
+				cancel()
+			}
+			broker.want(broker.recv(), request[0], "", "MDPC01", "mmi.cancel")
+			select {
+			case err := <-ended:
+				t.Fatalf("the client did not wait for the cancel to arrive: %v", err)
+			default:
+			}
+			// A reply that crosses the cancel on its way is not for anybody any more.
+			broker.send(request[0], "", "MDPC01", "echo", "late")
+			broker.send(request[0], "", "MDPC01", "mmi.cancel", "404")
+			if err := <-ended; !errors.Is(err, errTimeout) && !errors.Is(err, context.Canceled) {
+				t.Errorf("got %v", err)
+			}
+			cancel()
+		})
+	}
+}
+
 func TestClientLearnsAtOnceThatItLostTheBroker(t *testing.T) {
 	broker, endpoint := bindPeer(t)
-	client := NewClient(endpoint)
+	client := NewClient(context.Background(), endpoint)
 	serveOnce(broker, func([]string) []string {
 		broker.Close()
 		return nil
@@ -133,7 +173,7 @@ func TestClientLearnsAtOnceThatItLostTheBroker(t *testing.T) {
 
 func TestLateReplyIsNotTakenForTheNext(t *testing.T) {
 	broker, endpoint := bindPeer(t)
-	client := NewClient(endpoint)
+	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	came := serveOnce(broker, func([]string) []string { return nil })
 	if _, err := client.Send("echo", frames("first"), time.Second); !errors.Is(err, errTimeout) {
@@ -165,7 +205,7 @@ func TestClientRefusesWhatIsNoReply(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			broker, endpoint := bindPeer(t)
-			client := NewClient(endpoint)
+			client := NewClient(context.Background(), endpoint)
 			defer client.Disconnect()
 			serveOnce(broker, func(request []string) []string {
 				return append(request[:1:1], test.reply...)
@@ -255,7 +295,7 @@ func fileWith(t *testing.T, content string) *os.File {
 func BenchmarkRoundTrip(b *testing.B) {
 	endpoint := startBroker(b)
 	startService(b, endpoint, func(body [][]byte) [][]byte { return body })
-	client := NewClient(endpoint)
+	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	for b.Loop() {
 		if _, err := client.Send("echo", frames("hello"), 10*time.Second); err != nil {

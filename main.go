@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/signal"
@@ -218,8 +219,15 @@ const (
 // A failure is an error that knows the exit status it means.
 type failure struct {
 	status int
-	err    error  // nil when there is nothing left to say
-	hint   string // what to try, or empty
+	err    error          // nil when there is nothing left to say
+	hint   string         // what to try, or empty
+	signal syscall.Signal // that ended the tool, or 0
+}
+
+// signalled is the failure of a tool that was ended by a signal.
+func signalled(s os.Signal) *failure {
+	number := s.(syscall.Signal)
+	return &failure{status: exitSignal + int(number), signal: number}
 }
 
 func (f *failure) Error() string {
@@ -233,7 +241,7 @@ func (f *failure) Unwrap() error { return f.err }
 
 // misuse is the failure of wrong usage, with a hint at the right one.
 func misuse(hint, format string, args ...any) error {
-	return &failure{exitUsage, fmt.Errorf(format, args...), hint}
+	return &failure{status: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
 }
 
 // report tells the person what went wrong and returns the exit status.
@@ -251,6 +259,11 @@ func report(name string, err error) int {
 	}
 	if f.hint != "" {
 		v.say("hint: %s", f.hint)
+	}
+	if f.signal != 0 {
+		// A shell ends its loop on Ctrl-C only when the signal ended the command.
+		signal.Reset(f.signal)
+		syscall.Kill(os.Getpid(), f.signal)
 	}
 	return f.status
 }
@@ -408,6 +421,26 @@ func (d *duration) Decode(ctx *kong.DecodeContext) error {
 		return fmt.Errorf("%q is no duration; try 5, 0.5 or 500ms", text)
 	}
 	*d = duration(parsed)
+	return nil
+}
+
+// size is a number of bytes as flags take it: with K, M or G for powers of 1024, or bare.
+type size int64
+
+func (s *size) Decode(ctx *kong.DecodeContext) error {
+	text, err := popText(ctx)
+	if err != nil {
+		return err
+	}
+	digits, shift := text, 0
+	if i := strings.IndexAny(text, "KMG"); i >= 0 && i == len(text)-1 {
+		digits, shift = text[:i], 10*(1+strings.IndexByte("KMG", text[i]))
+	}
+	n, err := strconv.ParseInt(digits, 10, 64)
+	if err != nil || n < 1 || n > math.MaxInt64>>shift {
+		return fmt.Errorf("%q is no size; try 1000000, 64K, 256M or 1G", text)
+	}
+	*s = size(n << shift)
 	return nil
 }
 

@@ -90,7 +90,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"status":    status,
-			"signalled": signalled,
+			"signalled": signalledTool,
 		},
 	})
 }
@@ -114,9 +114,9 @@ func status(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// signalled runs a program, sends it a signal and checks that its status tells of it:
+// signalledTool runs a program, sends it a signal and checks that its status tells of it:
 // signalled INT|TERM PROGRAM [ARG...].
-func signalled(ts *testscript.TestScript, neg bool, args []string) {
+func signalledTool(ts *testscript.TestScript, neg bool, args []string) {
 	signal, ok := map[string]syscall.Signal{"INT": syscall.SIGINT, "TERM": syscall.SIGTERM}[args[0]]
 	if neg || !ok || len(args) < 2 {
 		ts.Fatalf("usage: signalled INT|TERM PROGRAM [ARG...]")

@@ -162,8 +162,11 @@ func isProtocol(frame []byte) bool {
 // The broker's own services (RFC 8, MMI). It answers every name with this prefix
 // itself and lets no worker register one.
 const (
-	mmiPrefix  = "mmi."
-	mmiService = "mmi.service" // body: a service name; reply: found or not found
+	mmiPrefix   = "mmi."
+	mmiService  = "mmi.service"  // body: a service name; reply: found or not found
+	mmiServices = "mmi.services" // reply: a table of the services
+	mmiMetrics  = "mmi.metrics"  // reply: Prometheus' text format
+	mmiCancel   = "mmi.cancel"   // drops the client's waiting requests; reply: found or not found
 
 	mmiFound          = "200"
 	mmiBadRequest     = "400"

@@ -89,7 +89,7 @@ func (t *serviceTool) Run() error {
 		<-signals
 		endSoon()
 		again := <-signals
-		endNow(&failure{status: exitSignal + int(again.(syscall.Signal))})
+		endNow(signalled(again))
 	}()
 
 	command := CmdService{Name: t.Name, Command: t.Command, Killed: now}
