@@ -247,6 +247,12 @@ func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace ti
 	defer waker.Close()
 	defer context.AfterFunc(stop, waker.Wake)()
 
+	monitor, err := newMonitor(socket, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+	if err != nil {
+		return err
+	}
+	defer monitor.Close()
+
 	broker := NewBroker(rules, time.Now(), func(frames [][]byte) error { return send(socket, frames) }, log)
 	var end time.Time // of the grace, once it has begun
 	for {
@@ -265,8 +271,13 @@ func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace ti
 				deadline = end
 			}
 		}
-		if _, err := waker.Wait(socket, zmq.POLLIN, deadline); err != nil {
+		if _, err := waker.Wait(socket, zmq.POLLIN, deadline, monitor.Socket); err != nil {
 			return err
+		}
+		if event, err := monitor.next(); err != nil {
+			return err
+		} else if event != 0 {
+			broker.warn("handshake", "a connection that does not speak ZeroMQ, or gave up")
 		}
 		// A flood of messages must not keep the heartbeats from going out.
 		for range 1000 {

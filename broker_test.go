@@ -714,6 +714,158 @@ func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
 	r.expectLog(1, "bad message", "peer=stranger ")
 }
 
+// FuzzBroker lets several peers send what they like, fail and fall silent, and checks
+// after each step that the broker still makes sense. Two bytes of the input are a step.
+func FuzzBroker(f *testing.F) {
+	f.Add([]byte("\x00\x00\x01\x00\x02\x00"))                                 // a worker, a request, its reply
+	f.Add([]byte("\x01\x00\x01\x10\x00\x00\x05\x00\x00\x01\x02\x01\x02\x01")) // the worker leaves, another takes over
+	f.Add([]byte("\x00\x00\x01\x00\x06\x00\x07\x00\x00\x01\x08\x00\x07\x01")) // it is lost, requests are cancelled and expire
+	f.Fuzz(func(t *testing.T, steps []byte) {
+		m := &model{fakeRouter: newFakeRouter(t), held: map[string]string{}, ended: map[string]int{}}
+		m.Redeliver = 1
+		m.MaxQueue = 3
+		m.MaxMemory = 200
+		m.send = m.record
+		for ; len(steps) >= 2; steps = steps[2:] {
+			m.step(steps[0], steps[1])
+			m.check()
+		}
+		m.Stop()
+		m.check()
+		if m.open != 0 {
+			t.Errorf("%d requests were not answered", m.open)
+		}
+		if ended := uint64(len(m.ended)) + m.total.counts[cancelled]; ended != m.total.counts[requests] {
+			t.Errorf("%d requests came and %d ended", m.total.counts[requests], ended)
+		}
+	})
+}
+
+// A model is the world around a broker.
+type model struct {
+	*fakeRouter
+	held  map[string]string // the token that each worker was last given
+	ended map[string]int    // the replies to each request, those too that could not be sent
+	count int
+}
+
+// record is what the broker sends by. Requests have a number in their address.
+func (m *model) record(frames [][]byte) error {
+	message := spell(frames)
+	switch {
+	case message[2] == "MDPW01" && message[3] == "\x02":
+		if m.failed[message[0]] == nil {
+			m.held[message[0]] = message[4]
+		}
+	case message[1] != "":
+		m.ended[message[1]]++
+		if m.ended[message[1]] > 1 {
+			m.t.Fatalf("request %s ended twice", message[1])
+		}
+	}
+	return m.failed[message[0]]
+}
+
+func (m *model) step(what, who byte) {
+	worker := fmt.Sprintf("W%d", who%4)
+	client := fmt.Sprintf("C%d", who%3)
+	service := fmt.Sprintf("s%d", who>>4%3)
+	m.count++
+	switch what % 12 {
+	case 0:
+		m.from(worker, "", "MDPW01", "\x01", service)
+	case 1, 10:
+		m.from(client, fmt.Sprint("#", m.count), "", "MDPC01", service, strings.Repeat("x", int(who)))
+	case 2, 11:
+		m.from(worker, "", "MDPW01", "\x03", m.held[worker], "", "done")
+	case 3:
+		m.from(worker, "", "MDPW01", "\x03", m.held["W0"], "", "forged")
+	case 4:
+		m.from(worker, "", "MDPW01", "\x04")
+	case 5:
+		m.from(worker, "", "MDPW01", "\x05")
+	case 6:
+		for _, peer := range []string{worker, client} {
+			m.failed[peer] = []error{nil, errGone, errWouldBlock}[who>>4%3]
+		}
+	case 7:
+		m.clock = m.clock.Add(time.Duration(who) * time.Second)
+		m.Tick(m.clock)
+	case 8:
+		m.from(client, "", "MDPC01", "mmi.cancel")
+	case 9:
+		bad := [][]string{{""}, {"", "MDPC01"}, {"", "MDPC01", ""}, {"", "MDPW01", "\x09"}, {"MDPW01", "\x05"},
+			{"", "MDPC01", "mmi.metrics"}, {"", "MDPC01", "mmi.services"}, {"", "MDPW01", "\x02", "", "x"}}
+		m.from(append([]string{worker}, bad[int(who>>2)%len(bad)]...)...)
+	}
+}
+
+// check holds the broker to its invariants.
+func (m *model) check() {
+	m.t.Helper()
+	waiting := map[*request]bool{}
+	workers := map[*service]int{}
+	bytes := size(0)
+	for _, w := range m.workers {
+		workers[w.service]++
+		if (w.request == nil) != (w.place != nil) {
+			m.t.Fatalf("worker %s is both idle and busy, or neither", w.identity)
+		}
+		if m.services[w.service.name] != w.service {
+			m.t.Fatalf("worker %s serves what is not there", w.identity)
+		}
+	}
+	for name, s := range m.services {
+		if s.workers == 0 && s.waiting.Len() == 0 {
+			m.t.Fatalf("service %s is kept for nothing", name)
+		}
+		if s.workers != workers[s] {
+			m.t.Fatalf("service %s has %d workers and counts %d", name, workers[s], s.workers)
+		}
+		if s.idle.Len() > 0 && s.waiting.Len() > 0 {
+			m.t.Fatalf("service %s has idle workers and waiting requests", name)
+		}
+		for e := s.waiting.Front(); e != nil; e = e.Next() {
+			r := e.Value.(*request)
+			if r.queued != e || waiting[r] {
+				m.t.Fatalf("request %q does not wait where it is", r.client)
+			}
+			waiting[r] = true
+			bytes += sizeOf(r.body)
+		}
+	}
+	open := len(waiting)
+	for _, w := range m.workers {
+		if r := w.request; r != nil {
+			if waiting[r] || r.queued != nil {
+				m.t.Fatalf("request %q is both waiting and in flight", r.client)
+			}
+			open++
+			bytes += sizeOf(r.body)
+		}
+	}
+	if m.open != open || m.Broker.held != bytes {
+		m.t.Fatalf("the broker counts %d requests of %d bytes, and has %d of %d", m.open, m.Broker.held, open, bytes)
+	}
+	owned := 0
+	for client, own := range m.Broker.waiting {
+		if own.Len() == 0 {
+			m.t.Fatalf("client %s is kept for nothing", client)
+		}
+		owned += own.Len()
+	}
+	if owned != len(waiting) {
+		m.t.Fatalf("%d requests wait, and clients own %d", len(waiting), owned)
+	}
+	for number := range m.ended {
+		for r := range waiting {
+			if string(r.client[1]) == number {
+				m.t.Fatalf("request %s waits after its end", number)
+			}
+		}
+	}
+}
+
 // From here on: the wire, against raw sockets that spell the frames out.
 
 // startBroker runs a broker's loop until the end of the test.

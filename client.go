@@ -337,7 +337,7 @@ func (c *Client) cancel() {
 func (c *Client) next(stop context.Context, deadline time.Time) ([][]byte, error) {
 	defer context.AfterFunc(stop, c.waker.Wake)()
 	for {
-		if _, err := c.waker.Wait(c.link.Socket, zmq.POLLIN, deadline, c.link.monitor); err != nil {
+		if _, err := c.waker.Wait(c.link.Socket, zmq.POLLIN, deadline, c.link.monitor.Socket); err != nil {
 			return nil, err
 		}
 		if err := c.link.Look(); err != nil {
@@ -376,9 +376,9 @@ func (c *Client) open(frames [][]byte, service string) ([][]byte, error) {
 // and what it tells of that. It belongs to one goroutine.
 type link struct {
 	*zmq.Socket
-	monitor   *zmq.Socket // readable when something happened to the connection
-	connected bool        // the broker is there
-	lost      bool        // it was, and the connection broke
+	monitor   *monitor
+	connected bool // the broker is there
+	lost      bool // it was, and the connection broke
 }
 
 // dial makes a link for the tool that it names in its identity: printable, telling a
@@ -388,16 +388,10 @@ func dial(tool, endpoint string, options ...func(*zmq.Socket) error) (*link, err
 	if err != nil {
 		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
 	}
-	monitor, err := zmq.NewSocket(zmq.PAIR)
-	if err != nil {
-		socket.Close()
-		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
-	}
-	l := &link{Socket: socket, monitor: monitor}
+	l := &link{Socket: socket}
 
 	host, _ := os.Hostname()
 	identity := fmt.Sprintf("%s.%.200s.%d.%08x", tool, host, os.Getpid(), rand.Uint32())
-	events := "inproc://" + identity
 	err = errors.Join(
 		socket.SetIdentity(identity),
 		// What a socket still holds when it is closed is for nobody.
@@ -406,17 +400,17 @@ func dial(tool, endpoint string, options ...func(*zmq.Socket) error) (*link, err
 		socket.SetReconnectIvl(20*time.Millisecond),
 		socket.SetReconnectIvlMax(time.Second),
 		setTransport(socket, endpoint),
-		socket.Monitor(events, zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
-		monitor.Connect(events),
-		monitor.SetLinger(0),
 	)
 	// The high-water marks stay at 1000: one request and some heartbeats at a time
 	// are far from it.
 	for _, option := range options {
 		err = errors.Join(err, option(socket))
 	}
+	if err == nil {
+		l.monitor, err = newMonitor(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED)
+	}
 	if err != nil {
-		l.Close()
+		socket.Close()
 		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
 	if err := socket.Connect(endpoint); err != nil {
@@ -430,12 +424,10 @@ func dial(tool, endpoint string, options ...func(*zmq.Socket) error) (*link, err
 // still be received afterwards.
 func (l *link) Look() error {
 	for {
-		event, _, _, err := l.monitor.RecvEvent(zmq.DONTWAIT)
+		event, err := l.monitor.next()
 		switch {
-		case wouldBlock(err):
-			return nil
-		case err != nil:
-			return fmt.Errorf("look at the connection: %w", err)
+		case err != nil || event == 0:
+			return err
 		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
 			l.connected = true
 		case l.connected:
@@ -444,10 +436,7 @@ func (l *link) Look() error {
 	}
 }
 
-// Close stops the monitor first: ZeroMQ's I/O thread would wait for ever to tell a
-// monitor that is gone of the connection's end (libzmq#3575).
 func (l *link) Close() {
-	l.Socket.Monitor("", 0)
-	l.Socket.Close()
 	l.monitor.Close()
+	l.Socket.Close()
 }

@@ -521,6 +521,45 @@ func wouldBlock(err error) bool {
 	return zmq.AsErrno(err) == zmq.Errno(syscall.EAGAIN)
 }
 
+// A monitor tells what happens to the connections of a socket. Its Socket is readable
+// when there is something to tell.
+type monitor struct {
+	*zmq.Socket
+	of *zmq.Socket
+}
+
+func newMonitor(of *zmq.Socket, events zmq.Event) (*monitor, error) {
+	address := fmt.Sprintf("inproc://monitor.%016x", rand.Uint64())
+	socket, err := zmq.NewSocket(zmq.PAIR)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(of.Monitor(address, events), socket.Connect(address), socket.SetLinger(0)); err != nil {
+		socket.Close()
+		return nil, err
+	}
+	return &monitor{socket, of}, nil
+}
+
+// next returns the next event, or 0 when there is none yet.
+func (m *monitor) next() (zmq.Event, error) {
+	event, _, _, err := m.RecvEvent(zmq.DONTWAIT)
+	if wouldBlock(err) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("monitor the connections: %w", err)
+	}
+	return event, nil
+}
+
+// Close must come before the monitored socket is closed, and stops the events first:
+// ZeroMQ's I/O thread would wait for ever to tell a monitor that is gone (libzmq#3575).
+func (m *monitor) Close() {
+	m.of.Monitor("", 0)
+	m.Socket.Close()
+}
+
 // A waker lets the goroutine that owns a socket wait for that socket, a deadline and
 // a call from another goroutine at once: ZeroMQ's poll knows nothing of Go's channels.
 type waker struct {

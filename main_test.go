@@ -236,6 +236,28 @@ func TestDurationsHaveUnitsOrAreSeconds(t *testing.T) {
 	}
 }
 
+func TestSizesAreBytesOrHaveUnits(t *testing.T) {
+	parse := func(text string) (size, error) {
+		var tool brokerTool
+		parser, err := newParser(&tool)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = parser.Parse([]string{"--max-message=" + text})
+		return tool.MaxMessage, err
+	}
+	for text, want := range map[string]size{"1": 1, "1000": 1000, "64K": 65536, "256M": 256 << 20, "2G": 2 << 30} {
+		if got, err := parse(text); err != nil || got != want {
+			t.Errorf("%s is %d, %v, want %d", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "0", "-1", "K", "1k", "1KB", "1.5G", "x", "9999999999999G", "1K2"} {
+		if got, err := parse(text); err == nil {
+			t.Errorf("%q is %d, want an error", text, got)
+		}
+	}
+}
+
 func parseTimeout(t *testing.T, text string) (time.Duration, error) {
 	t.Helper()
 	var tool requestTool

@@ -182,7 +182,7 @@ func (s *Service) serve(stop context.Context, waker *waker) (over, err error) {
 		if session.unsent() {
 			wanted |= zmq.POLLOUT
 		}
-		events, err := waker.Wait(link.Socket, wanted, session.Tick(time.Now()), link.monitor)
+		events, err := waker.Wait(link.Socket, wanted, session.Tick(time.Now()), link.monitor.Socket)
 		if err != nil {
 			return nil, err
 		}
