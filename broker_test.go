@@ -4,12 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -998,6 +1005,138 @@ func TestBrokerListensOnSeveralEndpoints(t *testing.T) {
 		client.send("hello")
 		if message, err := socket.RecvMessageBytes(0); err != nil || string(message[1]) != "hello" {
 			t.Errorf("%s: received %q, %v", endpoint, message, err)
+		}
+	}
+}
+
+// The cost of a request in the state machine must not grow with what else is there.
+// An operation is a request, its worker and its reply; nothing is sent.
+func BenchmarkDispatch(b *testing.B) {
+	for _, size := range []struct{ services, workers, waiting int }{
+		{1, 1, 0}, {10_000, 1, 0}, {1, 10_000, 0}, {1, 1, 100_000}, {10_000, 10_000, 100_000},
+	} {
+		b.Run(fmt.Sprintf("services=%d/workers=%d/waiting=%d", size.services, size.workers, size.waiting), func(b *testing.B) {
+			now := time.Now()
+			var worker, token []byte
+			rules := testRules
+			rules.MaxQueue, rules.MaxMemory = 1<<30, 1<<40
+			broker := NewBroker(rules, now, func(frames [][]byte) error {
+				if len(frames) > 5 && string(frames[2]) == workerProtocol {
+					worker, token = frames[0], frames[4]
+				}
+				return nil
+			}, slog.New(slog.DiscardHandler))
+			for i := range size.services - 1 {
+				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), now)
+			}
+			for i := range size.workers {
+				broker.Receive(frames(fmt.Sprint("W", i), "", "MDPW01", "\x01", "echo"), now)
+			}
+			for i := range size.waiting {
+				broker.Receive(frames(fmt.Sprint("C", i), "", "MDPC01", "later", "hello"), now)
+			}
+			request := frames("C", "", "MDPC01", "echo", "hello")
+			reply := frames("", "", "MDPW01", "\x03", "", "", "hello")
+			b.ReportAllocs()
+			for b.Loop() {
+				broker.Receive(request, now)
+				reply[0], reply[4] = worker, token
+				broker.Receive(reply, now)
+			}
+			if replies := broker.total.counts[replies]; replies != uint64(b.N) {
+				b.Fatalf("%d replies to %d requests", replies, b.N)
+			}
+		})
+	}
+}
+
+// BenchmarkHeartbeats is one heartbeat of 10,000 workers that are connected over TCP:
+// theirs received, the broker's sent. At one a second it takes a share of a core: that
+// of the broker's loop, and that of the whole process with ZeroMQ's I/O thread.
+func BenchmarkHeartbeats(b *testing.B) {
+	const workers = 10_000
+	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer socket.Close()
+	socket.SetRcvtimeo(10 * time.Second)
+	broker := NewBroker(testRules, time.Now(), func(frames [][]byte) error { return send(socket, frames) },
+		slog.New(slog.DiscardHandler))
+	take := func(n int) {
+		for i := range n {
+			message, err := socket.RecvMessageBytes(0)
+			if err != nil {
+				b.Fatalf("%d of %d messages came: %v", i, n, err)
+			}
+			broker.Receive(message, time.Now())
+		}
+	}
+
+	// The workers are another process, so that only the broker's time is counted.
+	fleet := exec.Command("workerfleet", strings.TrimPrefix(bound[0], "tcp://"), fmt.Sprint(workers))
+	fleet.Stderr = os.Stderr
+	beat, err := fleet.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := fleet.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer fleet.Wait()
+	defer beat.Close()
+	take(workers)
+	if len(broker.workers) != workers {
+		b.Fatalf("%d workers came", len(broker.workers))
+	}
+
+	now := time.Now()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	const thread = 1 // RUSAGE_THREAD, on Linux only
+	loop, process := cpuTime(thread), cpuTime(syscall.RUSAGE_SELF)
+	for b.Loop() {
+		beat.Write([]byte{0})
+		take(workers)
+		now = now.Add(time.Second)
+		broker.Tick(now)
+	}
+	percent := func(spent time.Duration) float64 { return 100 * spent.Seconds() / float64(b.N) }
+	b.ReportMetric(percent(cpuTime(thread)-loop), "%core-loop")
+	b.ReportMetric(percent(cpuTime(syscall.RUSAGE_SELF)-process), "%core-process")
+	if len(broker.workers) != workers {
+		b.Fatalf("%d workers are left", len(broker.workers))
+	}
+}
+
+func cpuTime(who int) time.Duration {
+	var usage syscall.Rusage
+	syscall.Getrusage(who, &usage)
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// workerFleet is a program: it registers many workers at a TCP address, without libzmq,
+// and sends a heartbeat of each for each byte on standard input. It reads nothing but
+// what the kernel takes from it.
+func workerFleet() {
+	n, _ := strconv.Atoi(os.Args[2])
+	fleet := make([]net.Conn, n)
+	for i := range fleet {
+		conn, err := zmtp(os.Args[1])
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "workerfleet:", err)
+			os.Exit(1)
+		}
+		conn.Write([]byte("\x01\x00\x01\x06MDPW01\x01\x01\x01\x00\x04echo"))
+		go io.Copy(io.Discard, conn)
+		fleet[i] = conn
+	}
+	for one := make([]byte, 1); ; {
+		if _, err := os.Stdin.Read(one); err != nil {
+			return
+		}
+		for _, conn := range fleet {
+			conn.Write([]byte("\x01\x00\x01\x06MDPW01\x00\x01\x04"))
 		}
 	}
 }

@@ -52,7 +52,7 @@ Exit status:
   128+N     signal N ended the command
 and of brequest and the broker:
   64        wrong usage
-  69        no broker was reachable, or it or the worker was lost
+  69        no broker was reachable, no worker came, or one of them was lost
   74        standard input or standard output failed
   75        the broker refuses for now; try again later
   76        the answer is not that of an MDP broker

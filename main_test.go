@@ -24,6 +24,7 @@ func TestMain(m *testing.M) {
 		"echoworker":     echoWorker,
 		"babbler":        babbler,
 		"babblingclient": babblingClient,
+		"workerfleet":    workerFleet,
 	}
 	for _, a := range applets() {
 		commands[a.name] = main
