@@ -160,13 +160,13 @@ func listen(endpoints []string, maxMessage size) (*zmq.Socket, []string, error) 
 	}
 	var bound []string
 	for _, endpoint := range endpoints {
-		real, err := bind(socket, endpoint)
+		actual, err := bind(socket, endpoint)
 		if err != nil {
 			socket.Close()
 			removeSockets(bound)
 			return nil, nil, err
 		}
-		bound = append(bound, real)
+		bound = append(bound, actual)
 	}
 	return socket, bound, nil
 }
@@ -464,7 +464,7 @@ func (b *Broker) receiveWorker(identity string, m Message) {
 		b.finish(r, m.Body)
 		b.rest(w)
 	case KindDisconnect:
-		b.log.Info("worker left", "worker", identity, "service", w.service.name)
+		b.log.Info("worker left", "worker", identity, "service", w.service.name, "why", "it said DISCONNECT")
 		// It would have replied had it started on its request; the next one will.
 		if r := b.remove(w); r != nil {
 			b.enqueue(r, w.service.waiting.PushFront)

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/signal"
+	"strings"
 	"time"
 
 	"github.com/mattn/go-isatty"
@@ -91,7 +92,8 @@ func (t *requestTool) Run() error {
 		return &failure{status: exitIO, err: err}
 	}
 
-	// A signal lets Send take the request back; a second one ends the process at once.
+	// A signal lets Send take the request back; a second one, or one after it, ends the
+	// process at once.
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, stopSignals()...)
 	stop, interrupt := context.WithCancelCause(context.Background())
@@ -105,6 +107,7 @@ func (t *requestTool) Run() error {
 	client := NewClient(stop, endpoint)
 	v.detail("%s: asking at %s with %d frames", t.Name, endpoint, len(body))
 	reply, err := client.Send(t.Name, body, time.Duration(t.Timeout))
+	signal.Stop(signals)
 	if err != nil {
 		return t.explain(client, err)
 	}
@@ -280,7 +283,7 @@ func (c *Client) Send(service string, body [][]byte, timeout time.Duration) ([][
 	if err == nil {
 		return reply, nil
 	}
-	if c.link.connected {
+	if c.link.connected && !strings.HasPrefix(service, mmiPrefix) {
 		c.cancel()
 	}
 	c.Disconnect()
@@ -309,23 +312,13 @@ func (c *Client) exchange(service string, body [][]byte, deadline time.Time) ([]
 	return c.open(frames, service)
 }
 
-// cancel takes back a request that has not begun. It waits for the broker's answer, to
-// be sure that the cancel left, but not for long: brokers other than ours know nothing
-// of it.
+// cancel takes back a request that has not begun. It waits for an answer, to be sure
+// that the cancel left, but not for long: brokers other than ours know nothing of it.
+// The answer may be the reply to the request, when the two crossed.
 func (c *Client) cancel() {
 	request := Message{Kind: KindClient, Service: []byte(mmiCancel)}
-	if err := send(c.link.Socket, request.Frames()); err != nil {
-		return
-	}
-	deadline := time.Now().Add(time.Second / 2)
-	for {
-		frames, err := c.next(context.Background(), deadline)
-		if err != nil {
-			return
-		}
-		if _, err := c.open(frames, mmiCancel); err == nil {
-			return
-		}
+	if err := send(c.link.Socket, request.Frames()); err == nil {
+		c.next(context.Background(), time.Now().Add(time.Second/2))
 	}
 }
 

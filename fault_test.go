@@ -589,6 +589,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 		{"unknown command", []string{"", "MDPW01", "\x06"}},
 		{"no empty frame", []string{"", "MDPW01", "\x03", "token"}},
 		{"the name is the broker's own", []string{"", "MDPW01", "\x01", "mmi.x"}},
+		{"the broker is shutting down", []string{"", "MDPC01", "\x01", "echo"}}, // a name like any other
 		{"", []string{"", "MDPW01", "\x02", "token", "", "x"}},
 		{"", []string{"", "MDPW01", "\x03", "token", "", "x"}},
 		{"", []string{"", "MDPW01", "\x05", "and", "more"}},

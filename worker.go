@@ -143,8 +143,9 @@ func (s *Service) Connect(stop context.Context) error {
 		}
 		s.note("%s: %v; connecting to %s again", s.Name, why, s.Endpoint)
 		// A broker that turns us away at once must not be asked again at once.
+		pause := min(time.Duration(s.Heartbeat), time.Second)
 		select {
-		case <-time.After(time.Until(begin.Add(time.Duration(s.Heartbeat)))):
+		case <-time.After(time.Until(begin.Add(pause))):
 		case <-stop.Done():
 		}
 	}

@@ -312,6 +312,27 @@ func TestServiceSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 	}
 }
 
+func TestServiceWhoseConnectionBrokeRegistersAnewAsSomebodyElse(t *testing.T) {
+	endpoint := "ipc://" + t.TempDir() + "/broker"
+	bind := func() peer {
+		broker := newPeer(t, zmq.ROUTER)
+		if err := broker.Bind(endpoint); err != nil {
+			t.Fatal(err)
+		}
+		return broker
+	}
+	broker := bind()
+	startService(t, endpoint, nil)
+	worker, _ := broker.next()
+	broker.Close()
+	broker = bind()
+	again := broker.recv()
+	broker.want(again[1:], "", "MDPW01", "\x01", "echo")
+	if again[0] == worker {
+		t.Errorf("the identity %q was used twice", worker)
+	}
+}
+
 func TestServiceThatIsStoppedRepliesAndTakesItsLeave(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	started, release := make(chan struct{}), make(chan struct{})
@@ -434,5 +455,28 @@ func TestKilledCommandTakesItsChildrenAlong(t *testing.T) {
 	}
 	if got := spell(<-ended); len(got) != 3 || got[2] != "exit status 137" {
 		t.Errorf("got %q", got)
+	}
+}
+
+func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
+	t.Parallel() // it takes the two seconds that such a grandchild is given
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := CmdService{Name: "svc", Command: []string{"sh", "-c", `cat "$0" & echo done`, fifo}, Killed: context.Background()}
+	ended := make(chan [][]byte)
+	go func() { ended <- c.Handle(nil) }()
+	select {
+	case got := <-ended:
+		if spelled := spell(got); len(spelled) != 1 || spelled[0] != "done\n" {
+			t.Errorf("got %q", spelled)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the reply is held back")
+	}
+	// Lets the grandchild go.
+	if f, err := os.OpenFile(fifo, os.O_WRONLY, 0); err == nil {
+		f.Close()
 	}
 }
