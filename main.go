@@ -264,6 +264,7 @@ func report(name string, err error) int {
 		// A shell ends its loop on Ctrl-C only when the signal ended the command.
 		signal.Reset(f.signal)
 		syscall.Kill(os.Getpid(), f.signal)
+		<-time.After(time.Second) // for the signal to come, were it to another thread
 	}
 	return f.status
 }
