@@ -26,7 +26,7 @@ func spell(message [][]byte) []string {
 	return spelled
 }
 
-// The messages of DESIGN and RFC 7, as Parse must take them and Frames give them back.
+// The messages of RFC 7 with address stacks, as Parse must take them and Frames give them back.
 var wellFormed = []struct {
 	name    string
 	frames  [][]byte
