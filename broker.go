@@ -11,7 +11,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
@@ -129,8 +128,8 @@ func (t *brokerTool) Run() error {
 		return err
 	}
 
-	stop, restore := signal.NotifyContext(context.Background(), stopSignals()...)
-	context.AfterFunc(stop, restore) // a second signal ends the process at once
+	stop, cancel := context.WithCancel(context.Background())
+	defer onSignals(func(os.Signal) { cancel() })()
 	return serve(stop, socket, t.brokerRules, time.Duration(t.Grace), log)
 }
 
@@ -584,14 +583,10 @@ func (b *Broker) beat(w *worker) {
 	}
 	if w.silence > b.Liveness {
 		b.expel(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
-		b.settle(w.service)
-		return
+	} else if err := b.sendWorker(w.identity, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
+		b.lose(w, err) // one that would block is busy, and need not read
 	}
-	err := b.sendWorker(w.identity, Message{Kind: KindHeartbeat})
-	if err != nil && err != errWouldBlock { // a busy worker need not read
-		b.lose(w, err)
-		b.settle(w.service)
-	}
+	b.settle(w.service)
 }
 
 // expire ends the requests that have waited too long for a first worker to come, or
@@ -604,14 +599,14 @@ func (b *Broker) expire(s *service) {
 			since = s.orphaned
 		}
 		if b.now.Sub(since) < time.Duration(b.QueueTTL) {
-			return
+			break
 		}
 		b.warn("expired "+s.name, "requests expired", "service", s.name, "client", string(r.client[0]))
 		b.count(s, expired, 1)
 		b.dequeue(r)
 		b.fail(r, exitUnavailable, fmt.Sprintf("no worker came within %v", time.Duration(b.QueueTTL)))
-		b.settle(s)
 	}
+	b.settle(s)
 }
 
 // expel disconnects a worker that broke the protocol or fell silent.
@@ -695,7 +690,12 @@ func (b *Broker) sendWorker(identity string, m Message) error {
 func (b *Broker) Drain() {
 	b.draining = true
 	for _, s := range b.services {
-		b.refuseWaiting(s)
+		for s.waiting.Len() > 0 {
+			r := s.waiting.Front().Value.(*request)
+			b.dequeue(r)
+			b.refuse(r, "the broker is shutting down")
+		}
+		b.settle(s)
 	}
 }
 
@@ -713,15 +713,6 @@ func (b *Broker) Stop() {
 		}
 		b.settle(w.service)
 	}
-}
-
-func (b *Broker) refuseWaiting(s *service) {
-	for s.waiting.Len() > 0 {
-		r := s.waiting.Front().Value.(*request)
-		b.dequeue(r)
-		b.refuse(r, "the broker is shutting down")
-	}
-	b.settle(s)
 }
 
 // warn logs what could come again and again, from strangers too: the same once a
@@ -906,67 +897,63 @@ func (b *Broker) table() []byte {
 	return out
 }
 
+// A view is what the metrics tell of one service, or of all of them together.
+type view struct {
+	label                  string // of the service, or empty
+	workers, idle, waiting int
+	*tally
+}
+
 // metrics is the reply to mmi.metrics: Prometheus' text format. What ends in _total or
 // is a histogram of a service begins anew when the service was gone for a while; the
 // broker's own go on.
 func (b *Broker) metrics() []byte {
-	var out []byte
-	// family writes one metric: of the broker, and of each service.
-	family := func(kind string, m metric, samples func(name, label string, s *service)) {
-		head := func(prefix string) string {
-			out = fmt.Appendf(out, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, m.name, m.help, prefix, m.name, kind)
-			return prefix + m.name
-		}
-		samples(head("backbone_"), "", nil)
-		name := head("backbone_service_")
-		for _, s := range b.sorted() {
-			samples(name, fmt.Sprintf("service=\"%s\"", labelEscaper.Replace(strings.ToValidUTF8(s.name, "\uFFFD"))), s)
-		}
-	}
-	gauge := func(name, help string, value func(*service) int, total int) {
-		family("gauge", metric{name, help}, func(name, label string, s *service) {
-			n := total
-			if s != nil {
-				n = value(s)
-			}
-			out = fmt.Appendf(out, "%s%s %d\n", name, braced(label), n)
-		})
-	}
-	tallyOf := func(s *service) *tally {
-		if s == nil {
-			return &b.total
-		}
-		return &s.tally
+	all := view{workers: len(b.workers), tally: &b.total}
+	var each []view
+	for _, s := range b.sorted() {
+		label := fmt.Sprintf(`service="%s"`, labelEscaper.Replace(strings.ToValidUTF8(s.name, "\uFFFD")))
+		each = append(each, view{label, s.workers, s.idle.Len(), s.waiting.Len(), &s.tally})
+		all.idle += s.idle.Len()
+		all.waiting += s.waiting.Len()
 	}
 
-	out = fmt.Appendf(out, "# HELP backbone_uptime_seconds Time since the broker began.\n"+
-		"# TYPE backbone_uptime_seconds gauge\nbackbone_uptime_seconds %g\n", b.now.Sub(b.born).Seconds())
-	idle, queue := 0, 0
-	for _, s := range b.services {
-		idle += s.idle.Len()
-		queue += s.waiting.Len()
+	var out []byte
+	head := func(kind, name, help string) {
+		out = fmt.Appendf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 	}
-	gauge("workers", "Workers that are registered.", func(s *service) int { return s.workers }, len(b.workers))
-	gauge("idle_workers", "Workers without a request.", func(s *service) int { return s.idle.Len() }, idle)
-	gauge("queue_length", "Requests that wait for a worker.", func(s *service) int { return s.waiting.Len() }, queue)
-	for c, m := range counters {
-		family("counter", m, func(name, label string, s *service) {
-			out = fmt.Appendf(out, "%s%s %d\n", name, braced(label), tallyOf(s).counts[c])
+	// family writes one metric: of the broker, and of each service.
+	family := func(kind string, m metric, sample func(name string, v view)) {
+		head(kind, "backbone_"+m.name, m.help)
+		sample("backbone_"+m.name, all)
+		head(kind, "backbone_service_"+m.name, m.help)
+		for _, v := range each {
+			sample("backbone_service_"+m.name, v)
+		}
+	}
+	number := func(kind string, m metric, value func(v view) uint64) {
+		family(kind, m, func(name string, v view) {
+			out = fmt.Appendf(out, "%s%s %d\n", name, labels(v.label), value(v))
 		})
 	}
+
+	head("gauge", "backbone_uptime_seconds", "Time since the broker began.")
+	out = fmt.Appendf(out, "backbone_uptime_seconds %g\n", b.now.Sub(b.born).Seconds())
+	number("gauge", metric{"workers", "Workers that are registered."}, func(v view) uint64 { return uint64(v.workers) })
+	number("gauge", metric{"idle_workers", "Workers without a request."}, func(v view) uint64 { return uint64(v.idle) })
+	number("gauge", metric{"queue_length", "Requests that wait for a worker."}, func(v view) uint64 { return uint64(v.waiting) })
+	for c, m := range counters {
+		number("counter", m, func(v view) uint64 { return v.counts[c] })
+	}
 	for d, m := range durations {
-		family("histogram", m, func(name, label string, s *service) {
-			h, below := &tallyOf(s).times[d], uint64(0)
-			comma := ""
-			if label != "" {
-				comma = ","
-			}
+		family("histogram", m, func(name string, v view) {
+			h, below := &v.times[d], uint64(0)
 			for i, bound := range bounds {
 				below += h.buckets[i]
-				out = fmt.Appendf(out, "%s_bucket{%s%sle=\"%g\"} %d\n", name, label, comma, bound, below)
+				out = fmt.Appendf(out, "%s_bucket%s %d\n", name, labels(v.label, fmt.Sprintf(`le="%g"`, bound)), below)
 			}
-			out = fmt.Appendf(out, "%s_bucket{%s%sle=\"+Inf\"} %d\n", name, label, comma, h.count)
-			out = fmt.Appendf(out, "%s_sum%s %g\n%s_count%s %d\n", name, braced(label), h.sum.Seconds(), name, braced(label), h.count)
+			out = fmt.Appendf(out, "%s_bucket%s %d\n", name, labels(v.label, `le="+Inf"`), h.count)
+			out = fmt.Appendf(out, "%s_sum%s %g\n", name, labels(v.label), h.sum.Seconds())
+			out = fmt.Appendf(out, "%s_count%s %d\n", name, labels(v.label), h.count)
 		})
 	}
 	return out
@@ -974,9 +961,11 @@ func (b *Broker) metrics() []byte {
 
 var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-func braced(label string) string {
-	if label == "" {
+// labels are those that are not empty, in braces.
+func labels(some ...string) string {
+	some = slices.DeleteFunc(some, func(label string) bool { return label == "" })
+	if len(some) == 0 {
 		return ""
 	}
-	return "{" + label + "}"
+	return "{" + strings.Join(some, ",") + "}"
 }

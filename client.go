@@ -9,7 +9,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/signal"
 	"strings"
 	"time"
 
@@ -92,22 +91,15 @@ func (t *requestTool) Run() error {
 		return &failure{status: exitIO, err: err}
 	}
 
-	// A signal lets Send take the request back; a second one, or one after it, ends the
-	// process at once.
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, stopSignals()...)
+	// A signal lets Send take the request back; once Send is over it is as usual.
 	stop, interrupt := context.WithCancelCause(context.Background())
-	go func() {
-		s := <-signals
-		signal.Stop(signals)
-		interrupt(signalled(s))
-	}()
+	restore := onSignals(func(s os.Signal) { interrupt(signalled(s)) })
 
 	v := t.voice("brequest")
 	client := NewClient(stop, endpoint)
 	v.detail("%s: asking at %s with %d frames", t.Name, endpoint, len(body))
 	reply, err := client.Send(t.Name, body, time.Duration(t.Timeout))
-	signal.Stop(signals)
+	restore()
 	if err != nil {
 		return t.explain(client, err)
 	}

@@ -458,14 +458,28 @@ func (o *operands) AfterApply(ctx *kong.Context) error {
 	return nil
 }
 
-// stopSignals are those that ask a tool to end. SIGINT is not one where whoever started
-// the tool had it ignored, as shells do for what a script starts with &.
-func stopSignals() []os.Signal {
-	signals := []os.Signal{syscall.SIGTERM}
+// onSignals takes the signals that ask a tool to end, SIGTERM and SIGINT, and does one
+// step for each. After the last step, or restore, a signal ends the process at once.
+//
+// SIGINT is left alone where whoever started the tool had it ignored, as shells do for
+// what a script starts with &.
+func onSignals(steps ...func(os.Signal)) (restore func()) {
+	wanted := []os.Signal{syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGINT) {
-		signals = append(signals, syscall.SIGINT)
+		wanted = append(wanted, syscall.SIGINT)
 	}
-	return signals
+	signals := make(chan os.Signal, len(steps))
+	signal.Notify(signals, wanted...)
+	go func() {
+		for i, step := range steps {
+			s := <-signals
+			if i == len(steps)-1 {
+				signal.Stop(signals)
+			}
+			step(s)
+		}
+	}()
+	return func() { signal.Stop(signals) }
 }
 
 // setTransport sets what both ends of a connection want.

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"os/signal"
 	"slices"
 	"strings"
 	"syscall"
@@ -81,16 +80,12 @@ func (t *serviceTool) Run() error {
 		return misuse(example, "%s: names in %s are the broker's own", t.Name, mmiPrefix)
 	}
 
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, stopSignals()...)
 	stop, endSoon := context.WithCancel(context.Background())
 	now, endNow := context.WithCancelCause(context.Background())
-	go func() {
-		<-signals
-		endSoon()
-		again := <-signals
-		endNow(signalled(again))
-	}()
+	defer onSignals(
+		func(os.Signal) { endSoon() },
+		func(again os.Signal) { endNow(signalled(again)) },
+	)()
 
 	command := CmdService{Name: t.Name, Command: t.Command, Killed: now}
 	service := Service{
