@@ -135,9 +135,9 @@ func (t *brokerTool) Run() error {
 
 // listen returns a ROUTER that is bound to the endpoints, and what it is bound to.
 func listen(endpoints []string, maxMessage size) (*zmq.Socket, []string, error) {
-	socket, err := zmq.NewSocket(zmq.ROUTER)
+	socket, err := newSocket(zmq.ROUTER)
 	if err != nil {
-		return nil, nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+		return nil, nil, err
 	}
 	err = errors.Join(
 		// A message to a peer that is gone fails, instead of vanishing.

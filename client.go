@@ -369,9 +369,9 @@ type link struct {
 // dial makes a link for the tool that it names in its identity: printable, telling a
 // person who it is, and never used twice.
 func dial(tool, endpoint string, options ...func(*zmq.Socket) error) (*link, error) {
-	socket, err := zmq.NewSocket(zmq.DEALER)
+	socket, err := newSocket(zmq.DEALER)
 	if err != nil {
-		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+		return nil, err
 	}
 	l := &link{Socket: socket}
 

@@ -482,6 +482,14 @@ func onSignals(steps ...func(os.Signal)) (restore func()) {
 	return func() { signal.Stop(signals) }
 }
 
+func newSocket(kind zmq.Type) (*zmq.Socket, error) {
+	socket, err := zmq.NewSocket(kind)
+	if err != nil {
+		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+	}
+	return socket, nil
+}
+
 // setTransport sets what both ends of a connection want.
 func setTransport(socket *zmq.Socket, endpoint string) error {
 	return errors.Join(
@@ -545,7 +553,7 @@ type monitor struct {
 
 func newMonitor(of *zmq.Socket, events zmq.Event) (*monitor, error) {
 	address := fmt.Sprintf("inproc://monitor.%016x", rand.Uint64())
-	socket, err := zmq.NewSocket(zmq.PAIR)
+	socket, err := newSocket(zmq.PAIR)
 	if err != nil {
 		return nil, err
 	}
@@ -586,14 +594,14 @@ type waker struct {
 func newWaker() (*waker, error) {
 	w := &waker{rings: make(chan struct{}, 1), done: make(chan struct{})}
 	address := fmt.Sprintf("inproc://waker.%016x", rand.Uint64())
-	bell, err := zmq.NewSocket(zmq.PAIR)
+	bell, err := newSocket(zmq.PAIR)
 	if err != nil {
-		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+		return nil, err
 	}
-	rope, err := zmq.NewSocket(zmq.PAIR)
+	rope, err := newSocket(zmq.PAIR)
 	if err != nil {
 		bell.Close()
-		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+		return nil, err
 	}
 	if err := errors.Join(bell.Bind(address), rope.Connect(address), rope.SetLinger(0)); err != nil {
 		bell.Close()
