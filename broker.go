@@ -129,7 +129,8 @@ func (t *brokerTool) Run() error {
 	}
 
 	stop, cancel := context.WithCancel(context.Background())
-	defer onSignals(func(os.Signal) { cancel() })()
+	restore := onSignals(func(os.Signal) { cancel() })
+	context.AfterFunc(stop, restore) // a second signal ends the process at once
 	return serve(stop, socket, t.brokerRules, time.Duration(t.Grace), log)
 }
 

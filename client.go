@@ -91,9 +91,11 @@ func (t *requestTool) Run() error {
 		return &failure{status: exitIO, err: err}
 	}
 
-	// A signal lets Send take the request back; once Send is over it is as usual.
+	// A signal lets Send take the request back; a second one, or one after Send, ends the
+	// process at once.
 	stop, interrupt := context.WithCancelCause(context.Background())
 	restore := onSignals(func(s os.Signal) { interrupt(signalled(s)) })
+	context.AfterFunc(stop, restore)
 
 	v := t.voice("brequest")
 	client := NewClient(stop, endpoint)

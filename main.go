@@ -459,7 +459,7 @@ func (o *operands) AfterApply(ctx *kong.Context) error {
 }
 
 // onSignals takes the signals that ask a tool to end, SIGTERM and SIGINT, and does one
-// step for each. After the last step, or restore, a signal ends the process at once.
+// step for each; more of them change nothing. After restore they end the process at once.
 //
 // SIGINT is left alone where whoever started the tool had it ignored, as shells do for
 // what a script starts with &.
@@ -471,12 +471,8 @@ func onSignals(steps ...func(os.Signal)) (restore func()) {
 	signals := make(chan os.Signal, len(steps))
 	signal.Notify(signals, wanted...)
 	go func() {
-		for i, step := range steps {
-			s := <-signals
-			if i == len(steps)-1 {
-				signal.Stop(signals)
-			}
-			step(s)
+		for _, step := range steps {
+			step(<-signals)
 		}
 	}()
 	return func() { signal.Stop(signals) }
