@@ -240,18 +240,17 @@ func removeSockets(endpoints []string) {
 // serve is the loop around a Broker: it owns the socket and the clock. Once stop is
 // done it drains the broker, for as long as grace at most, and returns nil.
 func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
-	waker, err := newWaker()
-	if err != nil {
-		return err
-	}
-	defer waker.Close()
-	defer context.AfterFunc(stop, waker.Wake)()
-
 	monitor, err := newMonitor(socket, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
 	if err != nil {
 		return err
 	}
 	defer monitor.Close()
+	bell, err := newBell(socket, monitor)
+	if err != nil {
+		return err
+	}
+	defer bell.Close()
+	defer context.AfterFunc(stop, bell.Ring)()
 
 	broker := NewBroker(rules, time.Now(), func(frames [][]byte) error { return send(socket, frames) }, log)
 	var end time.Time // of the grace, once it has begun
@@ -271,16 +270,21 @@ func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace ti
 				deadline = end
 			}
 		}
-		if _, err := waker.Wait(socket, zmq.POLLIN, deadline, monitor.Socket); err != nil {
+		readable, err := bell.Wait(deadline)
+		if err != nil {
 			return err
 		}
-		if event, err := monitor.next(); err != nil {
-			return err
-		} else if event != 0 {
-			broker.warn("handshake", "a connection that does not speak ZeroMQ, or gave up")
+		for more := monitor.news(); more; {
+			event, err := monitor.next()
+			if err != nil {
+				return err
+			}
+			if more = event != 0; more {
+				broker.warn("handshake", "a connection that does not speak ZeroMQ, or gave up")
+			}
 		}
 		// A flood of messages must not keep the heartbeats from going out.
-		for range 1000 {
+		for n := 0; readable && n < 1000; n++ {
 			frames, err := receive(socket)
 			if err != nil {
 				return err
@@ -392,7 +396,7 @@ func (b *Broker) Receive(frames [][]byte, now time.Time) {
 		b.warn("peer "+string(peer), "bad message", "peer", string(peer), "why", err)
 		return
 	}
-	if b.log.Enabled(context.Background(), slog.LevelDebug) {
+	if b.debugging() {
 		b.log.Debug("message", "peer", string(peer), "kind", m.Kind, "service", string(m.Service), "frames", len(m.Body))
 	}
 	if m.Kind == KindClient {
@@ -400,6 +404,12 @@ func (b *Broker) Receive(frames [][]byte, now time.Time) {
 	} else {
 		b.receiveWorker(string(peer), m)
 	}
+}
+
+// debugging tells whether the log takes lines for single requests: making them costs
+// more than the rest of the work.
+func (b *Broker) debugging() bool {
+	return b.log.Enabled(context.Background(), slog.LevelDebug)
 }
 
 func (b *Broker) receiveClient(client [][]byte, m Message) {
@@ -461,6 +471,9 @@ func (b *Broker) receiveWorker(identity string, m Message) {
 			b.count(w.service, failures, 1)
 		}
 		b.observe(w.service, served, b.now.Sub(r.started))
+		if b.debugging() {
+			b.log.Debug("request done", "request", string(r.token), "service", w.service.name, "took", b.now.Sub(r.started))
+		}
 		b.finish(r, m.Body)
 		b.rest(w)
 	case KindDisconnect:
@@ -546,6 +559,9 @@ func (b *Broker) settle(s *service) {
 		s.idle.Remove(w.place)
 		w.request, w.place, w.age = r, nil, 0
 		r.started = b.now
+		if b.debugging() {
+			b.log.Debug("request given", "request", string(r.token), "service", s.name, "client", string(r.client[0]), "worker", w.identity)
+		}
 	}
 	if s.workers == 0 && s.waiting.Len() == 0 {
 		delete(b.services, s.name)
@@ -619,9 +635,13 @@ func (b *Broker) expel(w *worker, why string) {
 // lose gives a worker up. What it was working on may be done or half done: another
 // worker gets it only where that was asked for, else the client learns of it at once.
 func (b *Broker) lose(w *worker, why error) {
-	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "busy", w.request != nil, "why", why)
-	b.count(w.service, lostWorkers, 1)
 	r := b.remove(w)
+	held := ""
+	if r != nil {
+		held = string(r.token)
+	}
+	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "request", held, "why", why)
+	b.count(w.service, lostWorkers, 1)
 	switch {
 	case r == nil:
 	case r.redelivered < b.Redeliver:

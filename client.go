@@ -213,7 +213,6 @@ type Client struct {
 	endpoint string
 	stop     context.Context
 	link     *link // nil when not connected
-	waker    *waker
 }
 
 var (
@@ -234,24 +233,15 @@ func (c *Client) Connect() error {
 	if c.link != nil {
 		return nil
 	}
-	waker, err := newWaker()
-	if err != nil {
-		return err
-	}
 	link, err := dial("brequest", c.endpoint)
-	if err != nil {
-		waker.Close()
-		return err
-	}
-	c.link, c.waker = link, waker
-	return nil
+	c.link = link
+	return err
 }
 
 // Disconnect forgets the connection and what may still come over it.
 func (c *Client) Disconnect() {
 	if c.link != nil {
 		c.link.Close()
-		c.waker.Close()
 		c.link = nil
 	}
 }
@@ -322,18 +312,21 @@ func (c *Client) cancel() {
 // that it has received but not yet handed out when the connection breaks, as it does
 // right after the last words of a broker that stops.
 func (c *Client) next(stop context.Context, deadline time.Time) ([][]byte, error) {
-	defer context.AfterFunc(stop, c.waker.Wake)()
+	defer context.AfterFunc(stop, c.link.bell.Ring)()
 	for {
-		if _, err := c.waker.Wait(c.link.Socket, zmq.POLLIN, deadline, c.link.monitor.Socket); err != nil {
+		readable, err := c.link.bell.Wait(deadline)
+		if err != nil {
 			return nil, err
 		}
 		if err := c.link.Look(); err != nil {
 			return nil, err
 		}
-		frames, err := receive(c.link.Socket)
+		if readable || c.link.lost {
+			if frames, err := receive(c.link.Socket); err != nil || frames != nil {
+				return frames, err
+			}
+		}
 		switch {
-		case err != nil || frames != nil:
-			return frames, err
 		case c.link.lost:
 			return nil, errLost
 		case stop.Err() != nil:
@@ -364,6 +357,7 @@ func (c *Client) open(frames [][]byte, service string) ([][]byte, error) {
 type link struct {
 	*zmq.Socket
 	monitor   *monitor
+	bell      *bell
 	connected bool // the broker is there
 	lost      bool // it was, and the connection broke
 }
@@ -396,8 +390,11 @@ func dial(tool, endpoint string, options ...func(*zmq.Socket) error) (*link, err
 	if err == nil {
 		l.monitor, err = newMonitor(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED)
 	}
+	if err == nil {
+		l.bell, err = newBell(socket, l.monitor)
+	}
 	if err != nil {
-		socket.Close()
+		l.Close()
 		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
 	if err := socket.Connect(endpoint); err != nil {
@@ -424,6 +421,11 @@ func (l *link) Look() error {
 }
 
 func (l *link) Close() {
-	l.monitor.Close()
+	if l.bell != nil {
+		l.bell.Close()
+	}
+	if l.monitor != nil {
+		l.monitor.Close()
+	}
 	l.Socket.Close()
 }

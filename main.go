@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -540,11 +541,11 @@ func wouldBlock(err error) bool {
 	return zmq.AsErrno(err) == zmq.Errno(syscall.EAGAIN)
 }
 
-// A monitor tells what happens to the connections of a socket. Its Socket is readable
-// when there is something to tell.
+// A monitor tells what happens to the connections of a socket.
 type monitor struct {
 	*zmq.Socket
-	of *zmq.Socket
+	of   *zmq.Socket
+	rang atomic.Bool
 }
 
 func newMonitor(of *zmq.Socket, events zmq.Event) (*monitor, error) {
@@ -557,7 +558,7 @@ func newMonitor(of *zmq.Socket, events zmq.Event) (*monitor, error) {
 		socket.Close()
 		return nil, err
 	}
-	return &monitor{socket, of}, nil
+	return &monitor{Socket: socket, of: of}, nil
 }
 
 // next returns the next event, or 0 when there is none yet.
@@ -572,6 +573,9 @@ func (m *monitor) next() (zmq.Event, error) {
 	return event, nil
 }
 
+// news tells, once, whether a bell rang for it: cheaper than next, and a little later.
+func (m *monitor) news() bool { return m.rang.Swap(false) }
+
 // Close must come before the monitored socket is closed, and stops the events first:
 // ZeroMQ's I/O thread would wait for ever to tell a monitor that is gone (libzmq#3575).
 func (m *monitor) Close() {
@@ -579,87 +583,97 @@ func (m *monitor) Close() {
 	m.Socket.Close()
 }
 
-// A waker lets the goroutine that owns a socket wait for that socket, a deadline and
-// a call from another goroutine at once: ZeroMQ's poll knows nothing of Go's channels.
-type waker struct {
-	bell  *zmq.Socket // readable once Wake was called
-	rings chan struct{}
-	done  chan struct{}
+// A bell lets the goroutine that owns a socket wait for it, its monitor, a deadline and
+// other goroutines at once, by Go's means: the descriptor that ZeroMQ offers for that
+// (ZMQ_FD) becomes readable when there is news, which is to be asked for then.
+type bell struct {
+	socket *zmq.Socket
+	fds    []*os.File
+	rings  chan struct{}
+	timer  *time.Timer
 }
 
-func newWaker() (*waker, error) {
-	w := &waker{rings: make(chan struct{}, 1), done: make(chan struct{})}
-	address := fmt.Sprintf("inproc://waker.%016x", rand.Uint64())
-	bell, err := newSocket(zmq.PAIR)
+func newBell(socket *zmq.Socket, monitor *monitor) (*bell, error) {
+	b := &bell{socket: socket, rings: make(chan struct{}, 1), timer: time.NewTimer(0)}
+	err := errors.Join(
+		b.watch(socket, b.Ring),
+		b.watch(monitor.Socket, func() {
+			monitor.rang.Store(true)
+			b.Ring()
+		}),
+	)
 	if err != nil {
-		return nil, err
+		b.Close()
+		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
 	}
-	rope, err := newSocket(zmq.PAIR)
-	if err != nil {
-		bell.Close()
-		return nil, err
-	}
-	if err := errors.Join(bell.Bind(address), rope.Connect(address), rope.SetLinger(0)); err != nil {
-		bell.Close()
-		rope.Close()
-		return nil, fmt.Errorf("connect %s: %w", address, err)
-	}
-	w.bell = bell
-	go func() {
-		defer rope.Close()
-		for {
-			select {
-			case <-w.rings:
-				rope.SendBytes(nil, zmq.DONTWAIT) // a full pipe rings already
-			case <-w.done:
-				return
-			}
-		}
-	}()
-	return w, nil
+	return b, nil
 }
 
-// Wake ends the current Wait, or else the next. Any goroutine may call it, also
-// after Close.
-func (w *waker) Wake() {
+// watch calls ring whenever there is news of the socket.
+func (b *bell) watch(socket *zmq.Socket, ring func()) error {
+	fd, err := socket.GetFd()
+	if err != nil {
+		return err
+	}
+	// A copy, since the original is ZeroMQ's to close, and one that no command inherits.
+	syscall.ForkLock.RLock()
+	fd, err = syscall.Dup(fd)
+	if err == nil {
+		syscall.CloseOnExec(fd)
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return err
+	}
+	file := os.NewFile(uintptr(fd), "ZMQ_FD")
+	b.fds = append(b.fds, file)
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	go conn.Read(func(uintptr) (done bool) {
+		ring()
+		return false
+	})
+	return nil
+}
+
+// Ring ends the current Wait, or else the next. Any goroutine may call it, also after
+// Close.
+func (b *bell) Ring() {
 	select {
-	case w.rings <- struct{}{}:
+	case b.rings <- struct{}{}:
 	default:
 	}
 }
 
-// Wait returns when the socket has one of the wanted events, with those it has; when
-// one of the others can be read; when the deadline has passed, unless it is zero; or
-// when Wake was called.
-func (w *waker) Wait(socket *zmq.Socket, wanted zmq.State, deadline time.Time, others ...*zmq.Socket) (zmq.State, error) {
-	poller := zmq.NewPoller()
-	poller.Add(w.bell, zmq.POLLIN)
-	poller.Add(socket, wanted)
-	for _, other := range others {
-		poller.Add(other, zmq.POLLIN)
+// Wait returns true when there is a message to receive. Else it waits, once, for news of
+// the socket or its monitor, a Ring, or the deadline, unless that is zero, and returns
+// false.
+func (b *bell) Wait(deadline time.Time) (readable bool, err error) {
+	// The descriptor does not tell of what was there before, nor of what came to light
+	// when something was sent.
+	events, err := b.socket.GetEvents()
+	switch {
+	case err != nil:
+		return false, fmt.Errorf("look at a ZeroMQ socket: %w", err)
+	case events&zmq.POLLIN != 0:
+		return true, nil
+	case deadline.IsZero():
+		<-b.rings
+		return false, nil
 	}
-	polled, err := poller.PollAll(untilDeadline(deadline))
-	if err != nil {
-		return 0, fmt.Errorf("poll: %w", err)
+	b.timer.Reset(time.Until(deadline))
+	select {
+	case <-b.rings:
+	case <-b.timer.C:
 	}
-	if polled[0].Events != 0 {
-		if _, err := w.bell.RecvBytes(zmq.DONTWAIT); err != nil {
-			return 0, fmt.Errorf("answer the bell: %w", err)
-		}
-	}
-	return polled[1].Events, nil
+	return false, nil
 }
 
-func (w *waker) Close() {
-	close(w.done)
-	w.bell.Close()
-}
-
-// untilDeadline is the timeout to poll with. The poller cuts off what is below a
-// millisecond, so this rounds up: a poll that ends too early spins.
-func untilDeadline(deadline time.Time) time.Duration {
-	if deadline.IsZero() {
-		return -1
+// Close must come before the sockets are closed.
+func (b *bell) Close() {
+	for _, fd := range b.fds {
+		fd.Close()
 	}
-	return max(0, time.Until(deadline)+time.Millisecond-1)
 }

@@ -300,17 +300,3 @@ func TestFlagsEndAtTheFirstArgument(t *testing.T) {
 		}
 	}
 }
-
-func TestPollIsNeverCutShort(t *testing.T) {
-	deadline := time.Now().Add(time.Hour)
-	timeout := untilDeadline(deadline).Truncate(time.Millisecond)
-	if time.Now().Add(timeout).Before(deadline) {
-		t.Errorf("a poll of %v ends before its deadline", timeout)
-	}
-	if got := untilDeadline(time.Time{}); got != -1 {
-		t.Errorf("no deadline is a poll of %v", got)
-	}
-	if got := untilDeadline(time.Now().Add(-time.Hour)); got != 0 {
-		t.Errorf("a deadline that has passed is a poll of %v", got)
-	}
-}

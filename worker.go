@@ -120,16 +120,9 @@ type Service struct {
 // the request in hand, replies, and takes its leave. It waits for a broker that is not
 // there, and registers anew with one that was restarted or fell silent.
 func (s *Service) Connect(stop context.Context) error {
-	waker, err := newWaker()
-	if err != nil {
-		return err
-	}
-	defer waker.Close()
-	defer context.AfterFunc(stop, waker.Wake)()
-
 	for stop.Err() == nil {
 		begin := time.Now()
-		why, err := s.serve(stop, waker)
+		why, err := s.serve(stop)
 		if err != nil {
 			return err
 		}
@@ -150,7 +143,7 @@ func (s *Service) Connect(stop context.Context) error {
 // serve is the loop around one session, on a socket of its own: one that is used
 // again could bring back what an earlier session left in it. It returns why the
 // session ended, or nil when stop is done.
-func (s *Service) serve(stop context.Context, waker *waker) (over, err error) {
+func (s *Service) serve(stop context.Context) (over, err error) {
 	// Only a broker that is there gets messages: heartbeats to one that is not would
 	// wait for it, and READY would come too late to be true.
 	link, err := dial("bservice", s.Endpoint, func(socket *zmq.Socket) error { return socket.SetImmediate(true) })
@@ -158,6 +151,7 @@ func (s *Service) serve(stop context.Context, waker *waker) (over, err error) {
 		return nil, err
 	}
 	defer link.Close()
+	defer context.AfterFunc(stop, link.bell.Ring)()
 
 	replies := make(chan [][]byte, 1)
 	session := &session{
@@ -166,29 +160,24 @@ func (s *Service) serve(stop context.Context, waker *waker) (over, err error) {
 		start: func(body [][]byte) {
 			go func() {
 				replies <- s.Handle(body)
-				waker.Wake()
+				link.bell.Ring()
 			}()
 		},
 	}
 	for {
-		var wanted zmq.State
-		if session.over == nil {
-			wanted = zmq.POLLIN
-		}
-		if session.unsent() {
-			wanted |= zmq.POLLOUT
-		}
-		events, err := waker.Wait(link.Socket, wanted, session.Tick(time.Now()), link.monitor.Socket)
+		readable, err := link.bell.Wait(session.Tick(time.Now()))
 		if err != nil {
 			return nil, err
 		}
-		if err := link.Look(); err != nil {
-			return nil, err
+		if link.monitor.news() {
+			if err := link.Look(); err != nil {
+				return nil, err
+			}
 		}
-		if events&zmq.POLLOUT != 0 {
+		if session.unsent() {
 			session.Flush()
 		}
-		for session.over == nil {
+		for readable {
 			frames, err := receive(link.Socket)
 			if err != nil {
 				return nil, err
@@ -267,6 +256,9 @@ func (s *session) deliver(m Message) bool {
 
 // Receive takes a message of the broker's.
 func (s *session) Receive(frames [][]byte) {
+	if s.over != nil {
+		return
+	}
 	m, err := Parse(frames)
 	if err == nil && m.Kind == KindRequest && s.busy() {
 		err = errors.New("a REQUEST before the reply to the last")
