@@ -903,10 +903,10 @@ func startBroker(t testing.TB) (endpoint string) {
 // A peer is a raw socket of a test.
 type peer struct {
 	*zmq.Socket
-	t *testing.T
+	t testing.TB
 }
 
-func newPeer(t *testing.T, kind zmq.Type) peer {
+func newPeer(t testing.TB, kind zmq.Type) peer {
 	t.Helper()
 	socket, err := zmq.NewSocket(kind)
 	if err != nil {
@@ -919,7 +919,7 @@ func newPeer(t *testing.T, kind zmq.Type) peer {
 	return peer{socket, t}
 }
 
-func connectPeer(t *testing.T, kind zmq.Type, endpoint string) peer {
+func connectPeer(t testing.TB, kind zmq.Type, endpoint string) peer {
 	t.Helper()
 	p := newPeer(t, kind)
 	if err := p.Connect(endpoint); err != nil {

@@ -292,7 +292,7 @@ func fileWith(t *testing.T, content string) *os.File {
 // in this process.
 func BenchmarkRoundTrip(b *testing.B) {
 	endpoint := startBroker(b)
-	startService(b, endpoint, func(body [][]byte) [][]byte { return body })
+	startService(b, endpoint, func(_ string, body [][]byte) [][]byte { return body })
 	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	for b.Loop() {

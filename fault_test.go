@@ -27,18 +27,18 @@ import (
 // Faults, on real processes: what is promised of the broker must hold when workers,
 // clients and the broker itself are killed, stopped or hostile.
 
-// A process is one of our tools that a test started.
-type process struct {
+// A running tool is one of ours that a test started.
+type running struct {
 	*exec.Cmd
-	t     *testing.T
+	t     testing.TB
 	lines chan string // of its standard error; the test may look or not
 	ended chan struct{}
 }
 
 // start runs a tool until the end of the test, in dir, with the broker at endpoint.
-func start(t *testing.T, dir, endpoint, name string, args ...string) *process {
+func start(t testing.TB, dir, endpoint, name string, args ...string) *running {
 	t.Helper()
-	p := &process{Cmd: exec.Command(name, args...), t: t, lines: make(chan string, 1<<16), ended: make(chan struct{})}
+	p := &running{Cmd: exec.Command(name, args...), t: t, lines: make(chan string, 1<<16), ended: make(chan struct{})}
 	p.Dir = dir
 	p.Env = append(os.Environ(), "BACKBONE_BROKER="+endpoint, "GORACE=atexit_sleep_ms=0")
 	stderr, err := p.StderrPipe()
@@ -66,7 +66,7 @@ func start(t *testing.T, dir, endpoint, name string, args ...string) *process {
 }
 
 // says waits for a line of the process's standard error that matches, n times.
-func (p *process) says(n int, pattern string) {
+func (p *running) says(n int, pattern string) {
 	p.t.Helper()
 	match := regexp.MustCompile(pattern)
 	for deadline := time.After(20 * time.Second); n > 0; {
@@ -82,7 +82,7 @@ func (p *process) says(n int, pattern string) {
 }
 
 // signal sends a signal to the process and nobody else.
-func (p *process) signal(s syscall.Signal) {
+func (p *running) signal(s syscall.Signal) {
 	p.t.Helper()
 	if err := p.Process.Signal(s); err != nil {
 		p.t.Fatal(err)
@@ -90,7 +90,7 @@ func (p *process) signal(s syscall.Signal) {
 }
 
 // status waits for the end of the process.
-func (p *process) status() int {
+func (p *running) status() int {
 	p.t.Helper()
 	select {
 	case <-p.ended:
@@ -102,12 +102,12 @@ func (p *process) status() int {
 
 // A site is a folder with a broker at an ipc endpoint in it.
 type site struct {
-	t             *testing.T
+	t             testing.TB
 	dir, endpoint string
-	broker        *process
+	broker        *running
 }
 
-func newSite(t *testing.T, flags ...string) *site {
+func newSite(t testing.TB, flags ...string) *site {
 	t.Helper()
 	dir := t.TempDir()
 	s := &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
@@ -115,14 +115,14 @@ func newSite(t *testing.T, flags ...string) *site {
 	return s
 }
 
-func (s *site) start(name string, args ...string) *process {
+func (s *site) start(name string, args ...string) *running {
 	s.t.Helper()
 	return start(s.t, s.dir, s.endpoint, name, args...)
 }
 
 // service starts a service whose command is a line of shell, with heartbeats to match
 // the broker's. It returns when the service is ready.
-func (s *site) service(name, line string) *process {
+func (s *site) service(name, line string) *running {
 	s.t.Helper()
 	p := s.start("bservice", "--heartbeat", "100ms", name, "sh", "-c", line, "sh")
 	p.says(1, "is ready")
@@ -341,10 +341,11 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 }
 
 func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
+	t.Parallel()
 	const total = 2000
 	s := newSite(t)
-	record := func() *process { return s.service("record", `echo "$1" >>runs; printf %s "$1"`) }
-	workers := []*process{record(), record(), record()}
+	record := func() *running { return s.service("record", `echo "$1" >>runs; printf %s "$1"`) }
+	workers := []*running{record(), record(), record()}
 
 	numbers := make(chan int)
 	var wg sync.WaitGroup
@@ -569,7 +570,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 		s.expect("echo", []string{"normal"}, "normal")
 	}
 	normal()
-	before := residentBytes(t, broker.Process.Pid)
+	before := memory(t, broker.Process.Pid, "VmRSS")
 
 	// Each message comes from a peer of its own. It is followed by a question, whose
 	// answer tells that the broker has read it.
@@ -666,7 +667,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 			normal()
 		})
 	}
-	if after := residentBytes(t, broker.Process.Pid); after > before+8<<20 {
+	if after := memory(t, broker.Process.Pid, "VmRSS"); after > before+8<<20 {
 		t.Errorf("the broker grew from %d to %d bytes", before, after)
 	}
 
@@ -688,14 +689,15 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 	}
 }
 
-// residentBytes is the memory of a process, 0 where that cannot be told.
-func residentBytes(t *testing.T, pid int) int {
+// memory is that of a process, as the field of /proc/PID/status has it, in bytes, and 0
+// where there is none.
+func memory(t *testing.T, pid int, field string) int {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0
 	}
-	match := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(status)
+	match := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
 	kilobytes, _ := strconv.Atoi(string(match[1]))
 	return kilobytes << 10
 }

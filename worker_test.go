@@ -1,10 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,7 +46,7 @@ func newFakeLink(t *testing.T) *fakeLink {
 			}
 			return l.failure
 		},
-		start: func(body [][]byte) { l.started = append(l.started, spell(body)) },
+		start: func(_ string, body [][]byte) { l.started = append(l.started, spell(body)) },
 	}
 	l.Tick(l.clock)
 	return l
@@ -102,6 +110,24 @@ func TestReplyGoesToTheAddressOfItsRequest(t *testing.T) {
 	}
 	l.Finish(frames("good", "bye"))
 	l.expect([]string{"", "MDPW01", "\x03", "A", "7", "", "good", "bye"})
+}
+
+func TestMissingBrokerIsToldOfEveryHalfMinute(t *testing.T) {
+	l := newFakeLink(t)
+	l.quiet, l.tool, l.Endpoint = false, "bservice", "tcp://nowhere:5555"
+	const waits = "bservice: echo waits for a broker at tcp://nowhere:5555\n"
+	for _, want := range []struct {
+		seconds int
+		said    string
+	}{{0, ""}, {1, waits}, {29, ""}, {1, waits}, {29, ""}, {1, waits}} {
+		if said := ours(t, func() { l.pass(want.seconds) }); said != want.said {
+			t.Errorf("after %d s more it said %q, want %q", want.seconds, said, want.said)
+		}
+	}
+	ours(t, func() { l.register() })
+	if said := ours(t, func() { l.pass(3) }); said != "" {
+		t.Errorf("with a broker it said %q", said)
+	}
 }
 
 func TestHeartbeatsGoOnWhileTheCommandRuns(t *testing.T) {
@@ -283,7 +309,7 @@ func (p peer) next() (identity string, message []string) {
 func TestServiceSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	release := make(chan struct{})
-	startService(t, endpoint, func(body [][]byte) [][]byte {
+	startService(t, endpoint, func(_ string, body [][]byte) [][]byte {
 		<-release
 		return append(body, []byte("\x00\xff"))
 	})
@@ -336,7 +362,7 @@ func TestServiceWhoseConnectionBrokeRegistersAnewAsSomebodyElse(t *testing.T) {
 func TestServiceThatIsStoppedRepliesAndTakesItsLeave(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	started, release := make(chan struct{}), make(chan struct{})
-	stop := startService(t, endpoint, func(body [][]byte) [][]byte {
+	stop := startService(t, endpoint, func(_ string, body [][]byte) [][]byte {
 		close(started)
 		<-release
 		return body
@@ -370,6 +396,17 @@ func TestServiceTurnedAwayAgainAndAgainDoesNotHammer(t *testing.T) {
 
 // The command.
 
+// testCommand runs a command by the rules that bservice has without flags.
+func testCommand(command ...string) *CmdService {
+	return &CmdService{
+		Name:         "svc",
+		Endpoint:     "tcp://broker:5555",
+		Command:      command,
+		Now:          context.Background(),
+		commandRules: commandRules{KillAfter: duration(2 * time.Second), MaxOutput: 64 << 20, Stderr: "log"},
+	}
+}
+
 func TestFramesBecomeArgumentsByteForByte(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -387,7 +424,7 @@ func TestFramesBecomeArgumentsByteForByte(t *testing.T) {
 		{"a command named {}", []string{"{}"}, frames("a"), []string{"{}", "a"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			c := CmdService{Name: "x", Command: test.command}
+			c := CmdService{Command: test.command}
 			argv, err := c.argv(test.body)
 			if err != nil || !reflect.DeepEqual(argv, test.argv) {
 				t.Errorf("argv(%q) = %q, %v, want %q", test.body, argv, err, test.argv)
@@ -422,8 +459,8 @@ func TestCommandsEndInTheReplyThatTheyDeserve(t *testing.T) {
 			[]string{"", "bservice: svc: ", "exit status 126"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			c := CmdService{Name: "svc", Command: test.command, Killed: context.Background()}
-			got := spell(c.Handle(test.body))
+			c := testCommand(test.command...)
+			got := spell(c.Handle("token", test.body))
 			if len(got) == 3 && len(test.want) == 3 {
 				got[1] = got[1][:min(len(got[1]), len(test.want[1]))]
 			}
@@ -434,49 +471,577 @@ func TestCommandsEndInTheReplyThatTheyDeserve(t *testing.T) {
 	}
 }
 
-func TestKilledCommandTakesItsChildrenAlong(t *testing.T) {
-	killed, kill := context.WithCancel(context.Background())
-	fifo := filepath.Join(t.TempDir(), "fifo")
-	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	// The child holds the fifo open for writing until it dies.
-	c := CmdService{Name: "svc", Command: []string{"sh", "-c", `sleep 1000 >"$0" & wait`, fifo}, Killed: killed}
-	ended := make(chan [][]byte)
-	go func() { ended <- c.Handle(nil) }()
-	reader, err := os.Open(fifo)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer reader.Close()
-	kill()
-	if _, err := reader.Read(make([]byte, 1)); err == nil || err.Error() != "EOF" {
-		t.Errorf("reading from the child: %v, want EOF", err)
-	}
-	if got := spell(<-ended); len(got) != 3 || got[2] != "exit status 137" {
+func TestCommandKnowsItsServiceAndItsRequest(t *testing.T) {
+	c := testCommand("sh", "-c", `printf '%s %s %s %s' "$BACKBONE_SERVICE" "$BACKBONE_ENDPOINT" "$BACKBONE_REQUEST" "$GREETING in $PWD"`)
+	c.Env = []string{"GREETING=hello"}
+	c.Cwd = "/"
+	if got := spell(c.Handle("abc.1", nil)); !reflect.DeepEqual(got, []string{"svc tcp://broker:5555 abc.1 hello in /"}) {
 		t.Errorf("got %q", got)
 	}
 }
 
-func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
-	t.Parallel() // it takes the two seconds that such a grandchild is given
+func TestTokensArePrintable(t *testing.T) {
+	for _, test := range []struct{ address, token string }{
+		{"631fbbb0.1", "631fbbb0.1"},
+		{"\x00A\n", `\x00A\n`},
+		{"a b\xff", `a b\xff`},
+	} {
+		if got := tokenOf([][]byte{[]byte(test.address)}); got != test.token {
+			t.Errorf("tokenOf(%q) = %q, want %q", test.address, got, test.token)
+		}
+	}
+	if got := tokenOf(frames("proxy", "7")); got != "proxy/7" {
+		t.Errorf("the token of two frames is %q", got)
+	}
+}
+
+func TestLastFrameIsTheStandardInputWhereAskedFor(t *testing.T) {
+	c := testCommand("sh", "-c", `cat; printf ' %s' "$@"`, "sh")
+	c.Stdin = true
+	for _, test := range []struct {
+		body []string
+		want string
+	}{
+		{nil, " "},
+		{[]string{"in\x00\xff\n"}, "in\x00\xff\n "},
+		{[]string{"a", "b", "in"}, "in a b"},
+		{[]string{"a", ""}, " a"},
+	} {
+		if got := spell(c.Handle("token", frames(test.body...))); !reflect.DeepEqual(got, []string{test.want}) {
+			t.Errorf("%q: got %q, want %q", test.body, got, test.want)
+		}
+	}
+}
+
+func TestCommandNeedNotReadItsStandardInput(t *testing.T) {
+	c := testCommand("echo", "done")
+	c.Stdin = true
+	if got := spell(c.Handle("token", [][]byte{make([]byte, 1<<22)})); !reflect.DeepEqual(got, []string{"done\n"}) {
+		t.Errorf("got %.99q", got)
+	}
+}
+
+func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
+	const fine, wrong = "echo 1; echo 2 >&2; echo 3", "echo 1; echo 2 >&2; echo 3; exit 4"
+	for _, test := range []struct {
+		stderr, line string
+		log          string
+		want         []string
+	}{
+		{"log", fine, "2\n", []string{"1\n3\n"}},
+		{"log", wrong, "2\n", []string{"1\n3\n", "2\n", "exit status 4"}},
+		{"reply", fine, "", []string{"1\n3\n", "2\n", "exit status 0"}},
+		{"reply", wrong, "", []string{"1\n3\n", "2\n", "exit status 4"}},
+		{"merge", fine, "", []string{"1\n2\n3\n"}},
+		{"merge", wrong, "", []string{"1\n2\n3\n", "", "exit status 4"}},
+	} {
+		c := testCommand("sh", "-c", test.line)
+		c.Stderr = test.stderr
+		var got []string
+		log := ours(t, func() { got = spell(c.Handle("token", nil)) })
+		if !reflect.DeepEqual(got, test.want) || log != test.log {
+			t.Errorf("--stderr %s, %s: got %q and the log %q, want %q and %q", test.stderr, test.line, got, log, test.want, test.log)
+		}
+	}
+}
+
+// ours is what this process says on standard error while f runs.
+func ours(t *testing.T, f func()) string {
+	t.Helper()
+	file, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	defer func(stderr *os.File) { os.Stderr = stderr }(os.Stderr)
+	os.Stderr = file
+	f()
+	said, err := os.ReadFile(file.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(said)
+}
+
+func TestFailureTellsTheEndOfALongStandardError(t *testing.T) {
+	c := testCommand("sh", "-c", "seq 1 100000 >&2; exit 1")
+	var got [][]byte
+	log := ours(t, func() { got = c.Handle("token", nil) })
+	if stderr := string(got[1]); len(stderr) < 64<<10 || len(stderr) > 128<<10 || !strings.HasSuffix(log, stderr) {
+		t.Errorf("%d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
+	}
+}
+
+func TestOutputBeyondItsBoundEndsTheCommand(t *testing.T) {
+	for _, test := range []struct{ stderr, line string }{
+		{"log", "yes"},
+		{"merge", "yes >&2"},
+		{"reply", "yes >&2"},
+	} {
+		c := testCommand("sh", "-c", test.line)
+		c.MaxOutput, c.Stderr = 1000, test.stderr
+		got := spell(c.Handle("token", nil))
+		if len(got) != 3 || len(got[0])+len(got[1]) > 1200 || got[2] != "exit status 74" ||
+			!strings.Contains(got[1], "bservice: svc: ended, since it printed more than --max-output 1000 bytes\n") {
+			t.Errorf("--stderr %s: %.1500q", test.stderr, got)
+		}
+	}
+}
+
+func TestEndedCommandTakesItsGroupAlong(t *testing.T) {
+	for _, test := range []struct {
+		name, line string
+		status     string
+	}{
+		{"both heed SIGTERM", `sleep 1000 3>"$0" & wait`, "exit status 143"},
+		{"both ignore it", `trap "" TERM; sleep 1000 3>"$0" & wait`, "exit status 137"},
+		{"the child ignores it and holds the output", `(trap "" TERM; exec sleep 1000 3>"$0") & wait`, "exit status 143"},
+		{"the child ignores it and holds no output", `(trap "" TERM; exec sleep 1000 3>"$0" >&3 2>&3) & wait`, "exit status 143"},
+		{"the child outlives the command", `trap "exit 0" TERM; (trap "" TERM; exec sleep 1000 3>"$0") & wait`, ""},
+	} {
+		for _, timeout := range []bool{false, true} {
+			t.Run(fmt.Sprint(test.name, "/timeout=", timeout), func(t *testing.T) {
+				now, end := context.WithCancel(context.Background())
+				defer end()
+				fifo := newFifo(t)
+				c := testCommand("sh", "-c", test.line, fifo)
+				c.Now, c.KillAfter = now, duration(100*time.Millisecond)
+				if timeout {
+					limit := duration(500 * time.Millisecond)
+					c.Timeout, test.status = &limit, "exit status 124"
+				}
+				ended := make(chan [][]byte)
+				go func() { ended <- c.Handle("token", nil) }()
+				// The child holds it open until it dies.
+				reader, err := os.Open(fifo)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer reader.Close()
+				if !timeout {
+					end()
+				}
+				got := spell(<-ended)
+				if last := got[len(got)-1]; last != test.status {
+					t.Errorf("got %q, want %s", got, test.status)
+				}
+				reader.SetReadDeadline(time.Now().Add(20 * time.Second))
+				if _, err := reader.Read(make([]byte, 1)); err != io.EOF {
+					t.Errorf("reading from the child: %v, want EOF", err)
+				}
+			})
+		}
+	}
+}
+
+func newFifo(t *testing.T) string {
+	t.Helper()
 	fifo := filepath.Join(t.TempDir(), "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := CmdService{Name: "svc", Command: []string{"sh", "-c", `cat "$0" & echo done`, fifo}, Killed: context.Background()}
-	ended := make(chan [][]byte)
-	go func() { ended <- c.Handle(nil) }()
-	select {
-	case got := <-ended:
-		if spelled := spell(got); len(spelled) != 1 || spelled[0] != "done\n" {
-			t.Errorf("got %q", spelled)
-		}
-	case <-time.After(20 * time.Second):
-		t.Error("the reply is held back")
+	return fifo
+}
+
+func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
+	fifo := newFifo(t)
+	c := testCommand("sh", "-c", `cat "$0" & echo done`, fifo)
+	c.KillAfter = duration(100 * time.Millisecond)
+	if got := spell(c.Handle("token", nil)); !reflect.DeepEqual(got, []string{"done\n"}) {
+		t.Errorf("got %q", got)
 	}
 	// Lets the grandchild go.
 	if f, err := os.OpenFile(fifo, os.O_WRONLY, 0); err == nil {
 		f.Close()
+	}
+}
+
+// The command that runs for longer than a request.
+
+func newCoprocess(t *testing.T, command ...string) *coprocess {
+	t.Helper()
+	timeout := duration(20 * time.Second)
+	c := &coprocess{CmdService: testCommand(command...), voice: voice{quiet: true}, terminator: '\n'}
+	c.Timeout = &timeout
+	t.Cleanup(c.close)
+	return c
+}
+
+// asks has a coprocess answer a request. Of standard error the beginning is enough.
+func (c *coprocess) asks(t *testing.T, body []string, want ...string) {
+	t.Helper()
+	got := spell(c.Handle("token", frames(body...)))
+	if len(got) == 3 && len(want) == 3 {
+		got[1] = got[1][:min(len(got[1]), len(want[1]))]
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Fatalf("%q: got %q, want %q", body, got, want)
+	}
+}
+
+func TestCoprocessAnswersLineForLine(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.asks(t, nil, "\n")
+	c.asks(t, []string{""}, "\n")
+	c.asks(t, []string{"hello"}, "hello\n")
+	c.asks(t, []string{"a", "", "b\x00\xff"}, "a\t\tb\x00\xff\n")
+	long := strings.Repeat("x", 1<<22) // more than any pipe holds
+	c.asks(t, []string{long}, long+"\n")
+}
+
+func TestCoprocessAnswersRecordForRecord(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.terminator = 0
+	c.asks(t, []string{"two\nlines\n", "x"}, "two\nlines\n\tx")
+	c.asks(t, []string{"a\x00"}, "", "bservice: svc: frame 1 holds a NUL byte, which ends a request\n", "exit status 126")
+}
+
+func TestCoprocessIsOneProcess(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", "while read x; do echo $$; done")
+	c.open()
+	first := fmt.Sprintln(c.running.Process.Pid)
+	c.asks(t, nil, first)
+	c.asks(t, nil, first)
+}
+
+func TestFramesThatWouldBeMistakenAreRefused(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.asks(t, []string{"a", "b\nc"}, "", "bservice: svc: frame 2 holds a newline, which ends a request\n", "exit status 126")
+	c.asks(t, []string{"a\tb"}, "", "bservice: svc: frame 1 holds a tab, which separates arguments\n", "exit status 126")
+	c.asks(t, []string{"fine"}, "fine\n")
+}
+
+// poisonable answers with its number among the processes, and does what it is told.
+const poisonable = `echo >>"$0"; n=$(wc -l <"$0"); while read -r line; do
+	case $line in
+	"") echo $n ;;
+	*) eval "$line" ;;
+	esac
+done`
+
+func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
+	for _, test := range []struct {
+		poison string
+		want   []string
+	}{
+		{"echo bad >&2; exit 3", []string{"", "bad\n", "exit status 3"}},
+		{"printf half; exit 3", []string{"half", "", "exit status 3"}},
+		{"kill -9 $$", []string{"", "", "exit status 137"}},
+		{"exit", []string{"", "bservice: svc: ended without a reply\n", "exit status 69"}},
+		{"exec >&-", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
+		{"read forever", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
+		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended, since it printed more than a line for a request\n", "exit status 76"}},
+		{"exec yes", []string{"y\n", "bservice: svc: ended, since it printed more than a line for a request\n", "exit status 76"}},
+		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended, since it printed more than --max-output 100000 bytes\n", "exit status 74"}},
+	} {
+		t.Run(test.poison, func(t *testing.T) {
+			c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+			c.MaxOutput = 100_000
+			c.asks(t, nil, "1\n")
+			*c.Timeout = duration(300 * time.Millisecond)
+			c.asks(t, []string{test.poison}, test.want...)
+			*c.Timeout = duration(20 * time.Second)
+			c.asks(t, nil, "2\n")
+			c.asks(t, nil, "2\n")
+		})
+	}
+}
+
+func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
+	dir := t.TempDir()
+	fifo := newFifo(t)
+	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(dir, "count"))
+	c.asks(t, []string{"echo first; read go <'" + fifo + "'; echo stray"}, "first\n")
+	if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for len(c.output.whole) == 0 {
+		runtime.Gosched()
+	}
+	first := c.running
+	c.asks(t, nil, "2\n")
+	<-first.ended
+}
+
+func TestCoprocessThatDiedWhileIdleIsReplacedUnnoticed(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+	c.asks(t, nil, "1\n")
+	c.running.Process.Kill()
+	<-c.running.ended
+	c.asks(t, nil, "2\n")
+}
+
+func TestCoprocessThatEndsAgainAndAgainIsGivenPauses(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", "exit 5")
+	c.asks(t, nil, "", "", "exit status 5")
+	c.asks(t, nil, "", "", "exit status 5")
+	c.asks(t, nil, "", "bservice: svc: sh ends again and again; it is given a pause of ", "exit status 75")
+	c.pauses.until = time.Now()
+	c.asks(t, nil, "", "", "exit status 5")
+}
+
+func TestPoisonDoesNotBringPausesToAProcessThatAnswers(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+	for i := range 5 {
+		c.asks(t, nil, fmt.Sprintln(i+1))
+		c.asks(t, []string{"exit 3"}, "", "", "exit status 3")
+	}
+}
+
+func TestPausesGrowToFiveSeconds(t *testing.T) {
+	var p pauses
+	now := time.Unix(1000, 0)
+	var got []time.Duration
+	for range 9 {
+		p.grow(now)
+		got = append(got, max(0, p.until.Sub(now)))
+	}
+	want := []time.Duration{0, 100, 200, 400, 800, 1600, 3200, 5000, 5000}
+	for i := range want {
+		want[i] *= time.Millisecond
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("pauses of %v, want %v", got, want)
+	}
+	for range 1000 {
+		p.grow(now)
+	}
+	if pause := p.until.Sub(now); pause != longestPause {
+		t.Errorf("after very many a pause of %v", pause)
+	}
+}
+
+func TestCoprocessEndsWithItsInputOrElseByTheLadder(t *testing.T) {
+	for _, test := range []struct {
+		line string
+		want string
+	}{
+		{"cat; exit 7", "exit status 7"},
+		{"read x; exec sleep 1000", "signal: terminated"},
+		{"trap '' TERM; read x; exec sleep 1000", "signal: killed"},
+	} {
+		c := newCoprocess(t, "sh", "-c", test.line)
+		c.KillAfter = duration(100 * time.Millisecond)
+		c.open()
+		c.close()
+		if got := c.running.ProcessState.String(); got != test.want {
+			t.Errorf("%s: %s, want %s", test.line, got, test.want)
+		}
+	}
+}
+
+// Whole services, for a long time and under load.
+
+// expectNoDescendants looks for processes in the site's folder, besides our tools. Those
+// that were just killed may take a moment to go.
+func (s *site) expectNoDescendants() {
+	s.t.Helper()
+	broker, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.broker.Process.Pid))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		var left []string
+		dirs, _ := filepath.Glob("/proc/[0-9]*")
+		for _, dir := range dirs {
+			cwd, _ := os.Readlink(dir + "/cwd")
+			if exe, _ := os.Readlink(dir + "/exe"); cwd == s.dir && filepath.Dir(exe) != filepath.Dir(broker) {
+				left = append(left, dir)
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("these processes are left: %v", left)
+		}
+	}
+}
+
+func TestHundredMebibytesPassUnchanged(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "--heartbeat", "1s") // which wait behind the frame
+	s.start("bservice", "--stdin", "--max-output", "101M", "cat", "cat")
+	block := make([]byte, 1<<20)
+	random := rand.NewChaCha8([32]byte{})
+	sent, received := sha256.New(), sha256.New()
+	request := exec.Command("brequest", "--stdin", "-t", "100", "cat")
+	request.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+	stdin, err := request.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Stdout = received
+	if err := request.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		random.Read(block)
+		io.MultiWriter(sent, stdin).Write(block)
+	}
+	stdin.Close()
+	if err := request.Wait(); err != nil {
+		t.Error(err)
+	}
+	if !bytes.Equal(sent.Sum(nil), received.Sum(nil)) {
+		t.Error("the bytes that came back are others")
+	}
+}
+
+func TestJobsRunEachRequestOnce(t *testing.T) {
+	const total = 200
+	s := newSite(t)
+	s.start("bservice", "--heartbeat", "100ms", "-j8", "record", "sh", "-c", `echo "$1" >>runs; sleep "0.0$2"; echo "$1"`, "sh")
+	s.becomes("backbone_workers", 8)
+	client := connectPeer(t, zmq.DEALER, s.endpoint)
+	for i := range total {
+		client.send(fmt.Sprint(i), "", "MDPC01", "record", fmt.Sprint(i), fmt.Sprint(rand.IntN(10)))
+	}
+	for range total {
+		reply := client.recv()
+		client.want(reply, reply[0], "", "MDPC01", "record", reply[0]+"\n")
+	}
+	runs := s.runs("runs")
+	if len(runs) != total || len(slices.Compact(runs)) != total {
+		t.Errorf("%d runs, %d different ones, want %d", len(s.runs("runs")), len(slices.Compact(runs)), total)
+	}
+}
+
+func TestServiceUnderLoadThatIsTerminatedLeavesNoProcess(t *testing.T) {
+	s := newSite(t)
+	service := s.start("bservice", "--heartbeat", "100ms", "-j4", "--timeout", "0.2", "--kill-after", "0.1", "--grace", "0.5", "work",
+		"sh", "-c", `case $1 in
+		fine) true ;;
+		kill) kill -9 $$ ;;
+		slow) sleep 1000 ;;
+		deaf) trap "" TERM; sleep 1000 & wait ;;
+		esac`, "sh")
+	s.becomes("backbone_workers", 4)
+	client := connectPeer(t, zmq.DEALER, s.endpoint)
+	const rounds = 5
+	for i := range 100 * rounds {
+		client.send("", "MDPC01", "work", []string{"fine", "kill", "slow", "deaf"}[i%4])
+	}
+	statuses := map[string]int{}
+	for range 4 * rounds {
+		reply := client.recv()
+		statuses[reply[len(reply)-1]]++
+	}
+	if statuses["exit status 124"] == 0 || statuses["exit status 137"] == 0 || statuses[""] == 0 {
+		t.Errorf("the load is none: %v", statuses)
+	}
+	service.signal(syscall.SIGTERM)
+	if got := service.status(); got != 0 {
+		t.Errorf("the service ended with %d", got)
+	}
+	s.expectNoDescendants()
+	s.becomes("backbone_workers", 0)
+}
+
+func TestOpenDescriptorsStayAsManyAsTheyAre(t *testing.T) {
+	t.Parallel()
+	const total = 5000
+	s := newSite(t)
+	service := s.start("bservice", "--heartbeat", "100ms", "-j4", "true", "true")
+	coproc := s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat")
+	s.becomes("backbone_workers", 8)
+	count := func(p *running) int {
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(fds)
+	}
+	pipeline(t, s, "true", 100)
+	pipeline(t, s, "echo", 100)
+	before := [2]int{count(service), count(coproc)}
+	pipeline(t, s, "true", total/2)
+	pipeline(t, s, "echo", total/2)
+	if after := [2]int{count(service), count(coproc)}; after != before {
+		t.Errorf("open descriptors were %d and are %d", before, after)
+	}
+}
+
+func TestBombOfOutputTakesLittleMemory(t *testing.T) {
+	s := newSite(t)
+	service := s.start("bservice", "--heartbeat", "100ms", "-j4", "--max-output", "1M", "bomb", "sh", "-c", "yes & yes >&2 & yes")
+	s.becomes("backbone_workers", 4)
+	client := connectPeer(t, zmq.DEALER, s.endpoint)
+	for range 20 {
+		client.send("", "MDPC01", "bomb")
+	}
+	for range 20 {
+		if reply := client.recv(); len(reply) != 6 || len(reply[3]) != 1<<20 || reply[5] != "exit status 74" {
+			t.Fatalf("got %d frames, the last of them %q", len(reply), reply[len(reply)-1])
+		}
+	}
+	// The race detector takes several times as much as the tool itself.
+	if peak := memory(t, service.Process.Pid, "VmHWM"); peak > 200<<20 {
+		t.Errorf("the service took %d MiB", peak>>20)
+	}
+	s.expectNoDescendants()
+}
+
+// How fast it is.
+
+// pipeline has count requests answered by a service, at most 64 of them at a time.
+func pipeline(b testing.TB, s *site, name string, count int) {
+	client := connectPeer(b, zmq.DEALER, s.endpoint)
+	for sent, received := 0, 0; received < count; {
+		if sent < count && sent-received < 64 {
+			client.send("", "MDPC01", name, "x")
+			sent++
+			continue
+		}
+		if reply := client.recv(); len(reply) != 4 {
+			b.Fatalf("reply %q", reply)
+		}
+		received++
+	}
+}
+
+// BenchmarkCommands has true run twice at a time: by bservice, through a broker, and by
+// xargs.
+func BenchmarkCommands(b *testing.B) {
+	b.Run("bservice", func(b *testing.B) {
+		s := newSite(b)
+		s.start("bservice", "--heartbeat", "100ms", "-j2", "true", "/bin/true")
+		s.becomes("backbone_workers", 2)
+		b.ResetTimer()
+		pipeline(b, s, "true", b.N)
+		b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "commands/s")
+	})
+	b.Run("xargs", func(b *testing.B) {
+		xargs := exec.Command("xargs", "-P2", "-n1", "/bin/true")
+		xargs.Stdin = strings.NewReader(strings.Repeat("x\n", b.N))
+		if err := xargs.Run(); err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "commands/s")
+	})
+}
+
+// BenchmarkCoprocess has four of cat answer one client, which pipelines, and beside them
+// four workers that do nothing: what is left then is the broker and the client.
+func BenchmarkCoprocess(b *testing.B) {
+	for _, test := range []struct {
+		name  string
+		start func(*site)
+	}{
+		{"cat", func(s *site) { s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat") }},
+		{"nothing", func(s *site) {
+			for range 4 {
+				s.start("echoworker", "echo")
+			}
+		}},
+	} {
+		b.Run(test.name, func(b *testing.B) {
+			s := newSite(b)
+			test.start(s)
+			s.becomes("backbone_workers", 4)
+			b.ResetTimer()
+			pipeline(b, s, "echo", b.N)
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "requests/s")
+		})
 	}
 }
