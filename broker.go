@@ -240,17 +240,18 @@ func removeSockets(endpoints []string) {
 // serve is the loop around a Broker: it owns the socket and the clock. Once stop is
 // done it drains the broker, for as long as grace at most, and returns nil.
 func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
-	monitor, err := newMonitor(socket, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+	bell := newBell()
+	defer context.AfterFunc(stop, bell.Ring)()
+	unwatch, err := watch(socket, bell.Ring)
+	if err != nil {
+		return err
+	}
+	defer unwatch()
+	monitor, err := newMonitor(socket, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, bell)
 	if err != nil {
 		return err
 	}
 	defer monitor.Close()
-	bell, err := newBell(socket, monitor)
-	if err != nil {
-		return err
-	}
-	defer bell.Close()
-	defer context.AfterFunc(stop, bell.Ring)()
 
 	broker := NewBroker(rules, time.Now(), func(frames [][]byte) error { return send(socket, frames) }, log)
 	var end time.Time // of the grace, once it has begun
@@ -270,7 +271,7 @@ func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace ti
 				deadline = end
 			}
 		}
-		readable, err := bell.Wait(deadline)
+		readable, err := bell.Wait(socket, deadline)
 		if err != nil {
 			return err
 		}

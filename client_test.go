@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -212,6 +213,192 @@ func TestClientRefusesWhatIsNoReply(t *testing.T) {
 				t.Errorf("got %q, %v", reply, err)
 			}
 		})
+	}
+}
+
+// newBatchClient makes a client for many requests at once.
+func newBatchClient(t *testing.T, endpoint string) *Client {
+	client := NewClient(context.Background(), endpoint)
+	client.plain = false
+	t.Cleanup(client.Disconnect)
+	return client
+}
+
+// begin begins a request for each body.
+func begin(client *Client, timeout time.Duration, bodies ...string) []*call {
+	var calls []*call
+	for _, body := range bodies {
+		r := &call{service: "echo", body: frames(body), timeout: timeout}
+		client.Begin(r)
+		calls = append(calls, r)
+	}
+	return calls
+}
+
+// awaitAll waits until all of the requests have ended.
+func awaitAll(t *testing.T, client *Client, calls []*call) {
+	t.Helper()
+	limit := time.Now().Add(20 * time.Second)
+	for slices.ContainsFunc(calls, func(r *call) bool { return !r.ended }) {
+		if _, err := client.Await(limit); err != nil {
+			t.Fatal(err)
+		}
+		if time.Now().After(limit) {
+			t.Fatal("some requests do not end")
+		}
+	}
+}
+
+func TestRequestsInFlightAreToldApartByAFrameOfTheirOwn(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := newBatchClient(t, endpoint)
+	ended := make(chan struct{})
+	calls := begin(client, 0, "a", "b", "c")
+	go func() {
+		defer close(ended)
+		awaitAll(t, client, calls)
+	}()
+	var requests [][]string
+	for i, body := range []string{"a", "b", "c"} {
+		requests = append(requests, broker.recv())
+		broker.want(requests[i], requests[0][0], requests[i][1], "", "MDPC01", "echo", body)
+	}
+	if a, b := requests[0][1], requests[1][1]; a == "" || a == b {
+		t.Errorf("the frames are %q and %q", a, b)
+	}
+	for _, i := range []int{2, 0, 1} {
+		broker.send(requests[i][0], requests[i][1], "", "MDPC01", "echo", "reply to "+requests[i][5])
+	}
+	<-ended
+	for i, body := range []string{"a", "b", "c"} {
+		if calls[i].err != nil {
+			t.Errorf("%s: %v", body, calls[i].err)
+		}
+		broker.want(spell(calls[i].reply), "reply to "+body)
+	}
+}
+
+func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsNobodys(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := newBatchClient(t, endpoint)
+	slow := begin(client, 100*time.Millisecond, "slow")
+	quick := begin(client, 0, "quick")
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		awaitAll(t, client, slow)
+		awaitAll(t, client, quick)
+	}()
+	first, second := broker.recv(), broker.recv()
+	broker.want(broker.recv(), first[0], first[1], "", "MDPC01", "mmi.cancel")
+	broker.send(first[0], first[1], "", "MDPC01", "echo", "late")
+	broker.send(first[0], first[1], "", "MDPC01", "mmi.cancel", "404")
+	broker.send(second[0], second[1], "", "MDPC01", "echo", "reply")
+	<-ended
+	if !errors.Is(slow[0].err, errTimeout) {
+		t.Errorf("the slow one: %v", slow[0].err)
+	}
+	broker.want(spell(quick[0].reply), "reply")
+}
+
+func TestCancelEndsWhatHasNotBegunAndNothingElse(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := newBatchClient(t, endpoint)
+	calls := begin(client, 0, "waits", "runs")
+	come := make(chan []string)
+	go func() {
+		for range 4 {
+			come <- broker.recv()
+		}
+	}()
+	requests := map[string][]string{}
+	for len(requests) < 2 { // they leave in Await
+		client.Await(time.Now().Add(10 * time.Millisecond))
+		select {
+		case request := <-come:
+			requests[request[5]] = request
+		default:
+		}
+	}
+	for _, r := range calls {
+		client.Cancel(r)
+	}
+	late := begin(client, 0, "not sent yet")
+	client.Cancel(late[0])
+	for _, body := range []string{"waits", "runs"} {
+		broker.want(<-come, requests[body][0], requests[body][1], "", "MDPC01", "mmi.cancel")
+	}
+	broker.send(requests["waits"][0], requests["waits"][1], "", "MDPC01", "mmi.cancel", "200")
+	broker.send(requests["runs"][0], requests["runs"][1], "", "MDPC01", "mmi.cancel", "404")
+	broker.send(requests["runs"][0], requests["runs"][1], "", "MDPC01", "echo", "done")
+	awaitAll(t, client, slices.Concat(calls, late))
+	if calls[0].err != errCancelled || calls[1].err != nil || late[0].err != errCancelled {
+		t.Errorf("they ended with %v, %v and %v", calls[0].err, calls[1].err, late[0].err)
+	}
+}
+
+func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := newBatchClient(t, endpoint)
+	calls := begin(client, 0, "a", "b")
+	go func() {
+		broker.recv()
+		broker.recv()
+		broker.Close()
+	}()
+	awaitAll(t, client, calls)
+	for _, r := range calls {
+		if !errors.Is(r.err, errLost) {
+			t.Errorf("%v, want errLost", r.err)
+		}
+	}
+	again := newPeer(t, zmq.ROUTER)
+	if err := again.Bind(endpoint); err != nil {
+		t.Fatal(err)
+	}
+	next := begin(client, 0, "c")
+	go func() {
+		request := again.recv()
+		again.send(request[0], request[1], "", "MDPC01", "echo", "here")
+	}()
+	awaitAll(t, client, next)
+	again.want(spell(next[0].reply), "here")
+}
+
+func TestWhatTimedOutWithoutABrokerIsNotSentToOneThatComes(t *testing.T) {
+	endpoint := "ipc://" + t.TempDir() + "/late"
+	client := newBatchClient(t, endpoint)
+	given := begin(client, 50*time.Millisecond, "given up")
+	patient := begin(client, 0, "patient")
+	awaitAll(t, client, given)
+	if !errors.Is(given[0].err, errNoBroker) {
+		t.Errorf("%v, want errNoBroker", given[0].err)
+	}
+	late := newPeer(t, zmq.ROUTER)
+	if err := late.Bind(endpoint); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		request := late.recv()
+		late.send(request[0], request[1], "", "MDPC01", "echo", "reply to "+request[5])
+	}()
+	awaitAll(t, client, patient)
+	late.want(spell(patient[0].reply), "reply to patient")
+}
+
+func TestBrokerThatKnowsNoAddressStacksIsFoundOut(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := newBatchClient(t, endpoint)
+	calls := begin(client, 0, "a", "b")
+	go func() {
+		request := broker.recv()
+		broker.send(request[0], "", "MDPC01", "echo", "whose?")
+	}()
+	awaitAll(t, client, calls)
+	for _, r := range calls {
+		if !errors.Is(r.err, errProtocol) || !errors.Is(r.err, errNoCorrelation) {
+			t.Errorf("%v, want errNoCorrelation", r.err)
+		}
 	}
 }
 

@@ -211,6 +211,7 @@ const (
 	exitIO          = 74
 	exitTemporary   = 75
 	exitProtocol    = 76
+	exitSome        = 123
 	exitTimeout     = 124
 	exitCannotRun   = 126
 	exitNotFound    = 127
@@ -459,6 +460,29 @@ func (o *operands) AfterApply(ctx *kong.Context) error {
 	return nil
 }
 
+// with are the operands for some values, which go where one of them is {}, else at the end.
+func (o operands) with(values ...string) []string {
+	if !slices.Contains(o, "{}") {
+		return slices.Concat(o, values)
+	}
+	var all []string
+	for _, operand := range o {
+		if operand == "{}" {
+			all = append(all, values...)
+		} else {
+			all = append(all, operand)
+		}
+	}
+	return all
+}
+
+// backoff is the pause after so many failures: short at first, seconds in the end.
+func backoff(failures int) time.Duration {
+	return min(longestPause, 100*time.Millisecond<<min(failures-1, 10))
+}
+
+const longestPause = 5 * time.Second
+
 // onSignals takes the signals that ask a tool to end, SIGTERM and SIGINT, and does one
 // step for each; more of them change nothing. After restore they end the process at once.
 //
@@ -544,21 +568,32 @@ func wouldBlock(err error) bool {
 // A monitor tells what happens to the connections of a socket.
 type monitor struct {
 	*zmq.Socket
-	of   *zmq.Socket
-	rang atomic.Bool
+	of      *zmq.Socket
+	rang    atomic.Bool
+	unwatch func()
 }
 
-func newMonitor(of *zmq.Socket, events zmq.Event) (*monitor, error) {
+// newMonitor rings the bell when there is something to tell.
+func newMonitor(of *zmq.Socket, events zmq.Event, bell *bell) (*monitor, error) {
 	address := fmt.Sprintf("inproc://monitor.%016x", rand.Uint64())
 	socket, err := newSocket(zmq.PAIR)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(of.Monitor(address, events), socket.Connect(address), socket.SetLinger(0)); err != nil {
+	m := &monitor{Socket: socket, of: of}
+	err = errors.Join(of.Monitor(address, events), socket.Connect(address), socket.SetLinger(0))
+	if err == nil {
+		m.unwatch, err = watch(socket, func() {
+			m.rang.Store(true)
+			bell.Ring()
+		})
+	}
+	if err != nil {
+		of.Monitor("", 0)
 		socket.Close()
 		return nil, err
 	}
-	return &monitor{Socket: socket, of: of}, nil
+	return m, nil
 }
 
 // next returns the next event, or 0 when there is none yet.
@@ -573,13 +608,14 @@ func (m *monitor) next() (zmq.Event, error) {
 	return event, nil
 }
 
-// news tells, once, whether a bell rang for it: cheaper than next, and a little later.
+// news tells, once, whether the bell was rung for it: cheaper than next, and a little later.
 func (m *monitor) news() bool { return m.rang.Swap(false) }
 
 // Close must come before the monitored socket is closed, and stops the events first:
 // ZeroMQ's I/O thread would wait for ever to tell a monitor that is gone (libzmq#3575).
 func (m *monitor) Close() {
 	m.of.Monitor("", 0)
+	m.unwatch()
 	m.Socket.Close()
 }
 
@@ -587,33 +623,20 @@ func (m *monitor) Close() {
 // other goroutines at once, by Go's means: the descriptor that ZeroMQ offers for that
 // (ZMQ_FD) becomes readable when there is news, which is to be asked for then.
 type bell struct {
-	socket *zmq.Socket
-	fds    []*os.File
-	rings  chan struct{}
-	timer  *time.Timer
+	rings chan struct{}
+	timer *time.Timer
 }
 
-func newBell(socket *zmq.Socket, monitor *monitor) (*bell, error) {
-	b := &bell{socket: socket, rings: make(chan struct{}, 1), timer: time.NewTimer(0)}
-	err := errors.Join(
-		b.watch(socket, b.Ring),
-		b.watch(monitor.Socket, func() {
-			monitor.rang.Store(true)
-			b.Ring()
-		}),
-	)
-	if err != nil {
-		b.Close()
-		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
-	}
-	return b, nil
+func newBell() *bell {
+	return &bell{rings: make(chan struct{}, 1), timer: time.NewTimer(0)}
 }
 
-// watch calls ring whenever there is news of the socket.
-func (b *bell) watch(socket *zmq.Socket, ring func()) error {
+// watch calls ring whenever there is news of the socket, until stop is called, which
+// must be before the socket is closed.
+func watch(socket *zmq.Socket, ring func()) (stop func(), err error) {
 	fd, err := socket.GetFd()
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
 	}
 	// A copy, since the original is ZeroMQ's to close, and one that no command inherits.
 	syscall.ForkLock.RLock()
@@ -623,23 +646,22 @@ func (b *bell) watch(socket *zmq.Socket, ring func()) error {
 	}
 	syscall.ForkLock.RUnlock()
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
 	}
 	file := os.NewFile(uintptr(fd), "ZMQ_FD")
-	b.fds = append(b.fds, file)
 	conn, err := file.SyscallConn()
 	if err != nil {
-		return err
+		file.Close()
+		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
 	}
 	go conn.Read(func(uintptr) (done bool) {
 		ring()
 		return false
 	})
-	return nil
+	return func() { file.Close() }, nil
 }
 
-// Ring ends the current Wait, or else the next. Any goroutine may call it, also after
-// Close.
+// Ring ends the current Wait, or else the next. Any goroutine may call it.
 func (b *bell) Ring() {
 	select {
 	case b.rings <- struct{}{}:
@@ -647,33 +669,30 @@ func (b *bell) Ring() {
 	}
 }
 
-// Wait returns true when there is a message to receive. Else it waits, once, for news of
-// the socket or its monitor, a Ring, or the deadline, unless that is zero, and returns
-// false.
-func (b *bell) Wait(deadline time.Time) (readable bool, err error) {
+// Wait returns true when the socket has a message to receive, or else false, after a Rest.
+func (b *bell) Wait(socket *zmq.Socket, deadline time.Time) (readable bool, err error) {
 	// The descriptor does not tell of what was there before, nor of what came to light
 	// when something was sent.
-	events, err := b.socket.GetEvents()
-	switch {
-	case err != nil:
+	events, err := socket.GetEvents()
+	if err != nil {
 		return false, fmt.Errorf("look at a ZeroMQ socket: %w", err)
-	case events&zmq.POLLIN != 0:
+	}
+	if events&zmq.POLLIN != 0 {
 		return true, nil
-	case deadline.IsZero():
+	}
+	b.Rest(deadline)
+	return false, nil
+}
+
+// Rest waits for a Ring or for the deadline, unless that is zero.
+func (b *bell) Rest(deadline time.Time) {
+	if deadline.IsZero() {
 		<-b.rings
-		return false, nil
+		return
 	}
 	b.timer.Reset(time.Until(deadline))
 	select {
 	case <-b.rings:
 	case <-b.timer.C:
-	}
-	return false, nil
-}
-
-// Close must come before the sockets are closed.
-func (b *bell) Close() {
-	for _, fd := range b.fds {
-		fd.Close()
 	}
 }

@@ -25,6 +25,7 @@ func TestMain(m *testing.M) {
 		"babbler":        babbler,
 		"babblingclient": babblingClient,
 		"workerfleet":    workerFleet,
+		"simplebroker":   simpleBroker,
 	}
 	for _, a := range applets() {
 		commands[a.name] = main
@@ -47,6 +48,54 @@ func echoWorker() {
 			message[2] = []byte("\x03")
 		}
 		socket.SendMessage(message)
+	}
+}
+
+// simpleBroker is a program for scripts: a broker written from RFC 7 that knows no
+// services of its own and takes one frame for the address of a client. Any other message
+// it ignores.
+func simpleBroker() {
+	socket, _ := zmq.NewSocket(zmq.ROUTER)
+	socket.Bind(os.Getenv("BACKBONE_BROKER"))
+	poller := zmq.NewPoller()
+	poller.Add(socket, zmq.POLLIN)
+	workers := map[string]string{}     // their services
+	idle := map[string][]string{}      // by service
+	waiting := map[string][][][]byte{} // by service
+	beat := time.Now()
+	for {
+		polled, _ := poller.Poll(100 * time.Millisecond)
+		if len(polled) > 0 {
+			m, err := socket.RecvMessageBytes(0)
+			switch {
+			case err != nil:
+				return
+			case len(m) < 4 || len(m[1]) > 0:
+			case string(m[2]) == "MDPC01":
+				waiting[string(m[3])] = append(waiting[string(m[3])], m)
+			case string(m[2]) == "MDPW01" && m[3][0] == 1 && len(m) == 5:
+				workers[string(m[0])] = string(m[4])
+				idle[string(m[4])] = append(idle[string(m[4])], string(m[0]))
+			case string(m[2]) == "MDPW01" && m[3][0] == 3 && len(m) > 5 && len(m[5]) == 0:
+				service := workers[string(m[0])]
+				socket.SendMessage(m[4], "", "MDPC01", service, m[6:])
+				idle[service] = append(idle[service], string(m[0]))
+			}
+		}
+		for service, requests := range waiting {
+			for len(requests) > 0 && len(idle[service]) > 0 {
+				m, worker := requests[0], idle[service][0]
+				requests, idle[service] = requests[1:], idle[service][1:]
+				socket.SendMessage(worker, "", "MDPW01", "\x02", m[0], "", m[4:])
+			}
+			waiting[service] = requests
+		}
+		if time.Since(beat) > time.Second {
+			beat = time.Now()
+			for worker := range workers {
+				socket.SendMessage(worker, "", "MDPW01", "\x04")
+			}
+		}
 	}
 }
 

@@ -209,9 +209,11 @@ type Service struct {
 // the request in hand, replies, and takes its leave. It waits for a broker that is not
 // there, and registers anew with one that was restarted or fell silent.
 func (s *Service) Connect(stop context.Context) error {
+	bell := newBell()
+	defer context.AfterFunc(stop, bell.Ring)()
 	for stop.Err() == nil {
 		begin := time.Now()
-		why, err := s.serve(stop)
+		why, err := s.serve(stop, bell)
 		if err != nil {
 			return err
 		}
@@ -232,15 +234,14 @@ func (s *Service) Connect(stop context.Context) error {
 // serve is the loop around one session, on a socket of its own: one that is used
 // again could bring back what an earlier session left in it. It returns why the
 // session ended, or nil when stop is done.
-func (s *Service) serve(stop context.Context) (over, err error) {
+func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 	// Only a broker that is there gets messages: heartbeats to one that is not would
 	// wait for it, and READY would come too late to be true.
-	link, err := dial("bservice", s.Endpoint, func(socket *zmq.Socket) error { return socket.SetImmediate(true) })
+	link, err := dial("bservice", s.Endpoint, bell, func(socket *zmq.Socket) error { return socket.SetImmediate(true) })
 	if err != nil {
 		return nil, err
 	}
 	defer link.Close()
-	defer context.AfterFunc(stop, link.bell.Ring)()
 
 	replies := make(chan [][]byte, 1)
 	session := &session{
@@ -249,12 +250,12 @@ func (s *Service) serve(stop context.Context) (over, err error) {
 		start: func(token string, body [][]byte) {
 			go func() {
 				replies <- s.answer(token, body)
-				link.bell.Ring()
+				bell.Ring()
 			}()
 		},
 	}
 	for {
-		readable, err := link.bell.Wait(session.Tick(time.Now()))
+		readable, err := bell.Wait(link.Socket, session.Tick(time.Now()))
 		if err != nil {
 			return nil, err
 		}
@@ -558,19 +559,7 @@ func (c *CmdService) argv(body [][]byte) ([]string, error) {
 		}
 		frames[i] = string(frame)
 	}
-	args := c.Command[1:]
-	if !slices.Contains(args, "{}") {
-		return slices.Concat(c.Command, frames), nil
-	}
-	argv := c.Command[:1:1]
-	for _, arg := range args {
-		if arg == "{}" {
-			argv = append(argv, frames...)
-		} else {
-			argv = append(argv, arg)
-		}
-	}
-	return argv, nil
+	return slices.Concat(c.Command[:1], operands(c.Command[1:]).with(frames...)), nil
 }
 
 // cannotRun is the failure of a command that did not even start.
@@ -911,11 +900,9 @@ type pauses struct {
 	until    time.Time
 }
 
-const longestPause = 5 * time.Second
-
 func (p *pauses) grow(now time.Time) {
 	if p.failures++; p.failures > 1 {
-		p.until = now.Add(min(longestPause, 100*time.Millisecond<<min(p.failures-2, 10)))
+		p.until = now.Add(backoff(p.failures - 1))
 	}
 }
 

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -858,36 +856,6 @@ func (s *site) expectNoDescendants() {
 	}
 }
 
-func TestHundredMebibytesPassUnchanged(t *testing.T) {
-	t.Parallel()
-	s := newSite(t, "--heartbeat", "1s") // which wait behind the frame
-	s.start("bservice", "--stdin", "--max-output", "101M", "cat", "cat")
-	block := make([]byte, 1<<20)
-	random := rand.NewChaCha8([32]byte{})
-	sent, received := sha256.New(), sha256.New()
-	request := exec.Command("brequest", "--stdin", "-t", "100", "cat")
-	request.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
-	stdin, err := request.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	request.Stdout = received
-	if err := request.Start(); err != nil {
-		t.Fatal(err)
-	}
-	for range 100 {
-		random.Read(block)
-		io.MultiWriter(sent, stdin).Write(block)
-	}
-	stdin.Close()
-	if err := request.Wait(); err != nil {
-		t.Error(err)
-	}
-	if !bytes.Equal(sent.Sum(nil), received.Sum(nil)) {
-		t.Error("the bytes that came back are others")
-	}
-}
-
 func TestJobsRunEachRequestOnce(t *testing.T) {
 	const total = 200
 	s := newSite(t)
@@ -936,30 +904,6 @@ func TestServiceUnderLoadThatIsTerminatedLeavesNoProcess(t *testing.T) {
 	}
 	s.expectNoDescendants()
 	s.becomes("backbone_workers", 0)
-}
-
-func TestOpenDescriptorsStayAsManyAsTheyAre(t *testing.T) {
-	t.Parallel()
-	const total = 5000
-	s := newSite(t)
-	service := s.start("bservice", "--heartbeat", "100ms", "-j4", "true", "true")
-	coproc := s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat")
-	s.becomes("backbone_workers", 8)
-	count := func(p *running) int {
-		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(fds)
-	}
-	pipeline(t, s, "true", 100)
-	pipeline(t, s, "echo", 100)
-	before := [2]int{count(service), count(coproc)}
-	pipeline(t, s, "true", total/2)
-	pipeline(t, s, "echo", total/2)
-	if after := [2]int{count(service), count(coproc)}; after != before {
-		t.Errorf("open descriptors were %d and are %d", before, after)
-	}
 }
 
 func TestBombOfOutputTakesLittleMemory(t *testing.T) {

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strconv"
+	"syscall"
+	"testing"
+)
+
+// TestAtScale has what takes so many requests, or so large ones, that the race detector
+// would make it a matter of minutes.
+func TestAtScale(t *testing.T) {
+	for _, promise := range []struct {
+		name string
+		hold func(*testing.T)
+	}{
+		{"100 MiB pass unchanged and are held twice at most", hundredMebibytesPassUnchanged},
+		{"open descriptors stay as many as they are", openDescriptorsStayAsManyAsTheyAre},
+		{"100,000 lines come out in order and take the memory of 1,000", manyLinesComeOutInOrderAndTakeLittleMemory},
+		{"lines survive workers that are killed, with --retries", linesSurviveKilledWorkers},
+	} {
+		t.Run(promise.name, promise.hold)
+	}
+}
+
+func hundredMebibytesPassUnchanged(t *testing.T) {
+	s := newSite(t, "--heartbeat", "1s") // which wait behind the frame
+	s.start("bservice", "--stdin", "--max-output", "101M", "cat", "cat")
+	block := make([]byte, 1<<20)
+	random := rand.NewChaCha8([32]byte{})
+	sent, received := sha256.New(), sha256.New()
+	request := exec.Command("brequest", "--stdin", "-t", "100", "cat")
+	request.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+	stdin, err := request.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Stdout = received
+	if err := request.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		random.Read(block)
+		io.MultiWriter(sent, stdin).Write(block)
+	}
+	stdin.Close()
+	err = request.Wait()
+	if err != nil {
+		t.Error(err)
+	}
+	if !bytes.Equal(sent.Sum(nil), received.Sum(nil)) {
+		t.Error("the bytes that came back are others")
+	}
+	// The request is copied once on its way, and the reply, after it, as well.
+	const payload = 100 << 20
+	if peak := int(request.ProcessState.SysUsage().(*syscall.Rusage).Maxrss) << 10; peak > payload*22/10 {
+		t.Errorf("brequest took %d MiB at its peak", peak>>20)
+	}
+}
+
+func openDescriptorsStayAsManyAsTheyAre(t *testing.T) {
+	const total = 5000
+	s := newSite(t)
+	service := s.start("bservice", "--heartbeat", "100ms", "-j4", "true", "true")
+	coproc := s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat")
+	s.becomes("backbone_workers", 8)
+	count := func(p *running) int {
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(fds)
+	}
+	pipeline(t, s, "true", 100)
+	pipeline(t, s, "echo", 100)
+	before := [2]int{count(service), count(coproc)}
+	pipeline(t, s, "true", total/2)
+	pipeline(t, s, "echo", total/2)
+	if after := [2]int{count(service), count(coproc)}; after != before {
+		t.Errorf("open descriptors were %d and are %d", before, after)
+	}
+}
+
+// A filter is a brequest --each with ends for the test to hold.
+type filter struct {
+	*exec.Cmd
+	t      *testing.T
+	stdin  io.WriteCloser
+	stdout *bufio.Reader
+}
+
+func startFilter(t *testing.T, s *site, args ...string) *filter {
+	t.Helper()
+	f := &filter{Cmd: exec.Command("brequest", append([]string{"--each"}, args...)...), t: t}
+	f.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+	f.Stderr = os.Stderr
+	stdout, err := f.StdoutPipe()
+	if err == nil {
+		f.stdin, err = f.StdinPipe()
+	}
+	if err == nil {
+		err = f.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.stdout = bufio.NewReader(stdout)
+	t.Cleanup(func() { f.Process.Kill() })
+	return f
+}
+
+// pass sends the numbers from first to last, a line each, and expects them back in order.
+func (f *filter) pass(first, last int) {
+	f.t.Helper()
+	go func() {
+		w := bufio.NewWriter(f.stdin)
+		for i := first; i <= last; i++ {
+			fmt.Fprintln(w, i)
+		}
+		w.Flush()
+	}()
+	for i := first; i <= last; i++ {
+		line, err := f.stdout.ReadString('\n')
+		if err != nil || line != strconv.Itoa(i)+"\n" {
+			f.t.Fatalf("line %d is %q, %v", i, line, err)
+		}
+	}
+}
+
+// end ends the input and expects the output and the process to end.
+func (f *filter) end() {
+	f.t.Helper()
+	f.stdin.Close()
+	if rest, err := io.ReadAll(f.stdout); err != nil || len(rest) > 0 {
+		f.t.Errorf("there is more: %q, %v", rest, err)
+	}
+	if err := f.Wait(); err != nil {
+		f.t.Error(err)
+	}
+}
+
+func manyLinesComeOutInOrderAndTakeLittleMemory(t *testing.T) {
+	s := newSite(t)
+	s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat")
+	f := startFilter(t, s, "echo")
+	f.pass(1, 1000)
+	few := memory(t, f.Process.Pid, "VmHWM")
+	f.pass(1001, 100000)
+	many := memory(t, f.Process.Pid, "VmHWM")
+	f.end()
+	if few == 0 || many > few*110/100 {
+		t.Errorf("the peak was %d kB after 1,000 lines and %d kB after 100,000", few>>10, many>>10)
+	}
+}
+
+func linesSurviveKilledWorkers(t *testing.T) {
+	s := newSite(t)
+	start := func() *running {
+		return s.start("bservice", "--heartbeat", "100ms", "-j2", "--coproc", "echo", "cat")
+	}
+	steady, victim := start(), start()
+	steady.says(1, "is ready")
+	f := startFilter(t, s, "--retries", "20", "echo")
+	for round := range 10 {
+		victim.says(1, "is ready")
+		f.pass(2000*round+1, 2000*round+1000)
+		killed := make(chan struct{})
+		go func() {
+			defer close(killed)
+			victim.Process.Kill()
+		}()
+		f.pass(2000*round+1001, 2000*round+2000)
+		<-killed
+		victim = start()
+	}
+	f.end()
+	if s.metric("backbone_lost_workers_total") == 0 {
+		t.Error("no worker was lost")
+	}
+}
