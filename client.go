@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -79,7 +80,7 @@ ended by signal N), and of brequest and the broker:
 Examples:
   $ ls | brequest ls-service
   $ brequest ls-service -- -l /tmp
-  $ brequest --stdin resize 800x600 <in.jpg >out.jpg
+  $ brequest --stdin resize 800x600 <in.jpg >out.png
   $ brequest --timeout 2 slow-service || echo "exit status $?"
   $ find . -name '*.jpg' -print0 | brequest -0 --each --joblog thumbs thumb
 `
@@ -502,13 +503,15 @@ func (t *requestTool) each(endpoint string) error {
 	// Each request leaves some garbage; more of them are not to take more memory.
 	debug.SetGCPercent(25)
 
+	stdin, total := readLines(client.stop, os.Stdin, t.separator()[0], client.bell.Ring)
 	status := newStatusLine(t.Quiet, time.Second/2)
 	b := &batch{
 		requestTool: t,
 		voice:       t.voice("brequest"),
 		client:      client,
 		jobs:        jobs,
-		stdin:       readLines(client.stop, os.Stdin, t.separator()[0], client.bell.Ring),
+		stdin:       stdin,
+		total:       total,
 		stdout:      bufio.NewWriterSize(status.above(os.Stdout), 64<<10),
 		status:      status,
 		log:         log,
@@ -524,8 +527,9 @@ type batch struct {
 	*requestTool
 	voice
 	client *Client
-	jobs   int         // at a time
-	stdin  <-chan line // nil once no more is to be read
+	jobs   int           // at a time
+	stdin  <-chan line   // nil once no more is to be read
+	total  *atomic.Int64 // lines of it, once it has ended
 	stdout *bufio.Writer
 	status *statusLine
 	log    *joblog
@@ -770,7 +774,7 @@ func (b *batch) progress() string {
 	elapsed := time.Since(b.begin)
 	rate := float64(b.done) / elapsed.Seconds()
 	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.tally(), len(b.flying), rate)
-	if left := b.read - b.skipped - b.done; b.stdin == nil && rate > 0 {
+	if left := int(b.total.Load()) - b.skipped - b.done; left > 0 && rate > 0 {
 		seconds := time.Duration(float64(left) / rate * float64(time.Second))
 		text += fmt.Sprintf(", %v left", seconds.Round(time.Second))
 	}
@@ -779,8 +783,8 @@ func (b *batch) progress() string {
 
 func (b *batch) tally() string {
 	text := strconv.Itoa(b.done)
-	if b.stdin == nil && !b.stopping {
-		text += fmt.Sprintf(" of %d", b.read-b.skipped)
+	if total := int(b.total.Load()); total > 0 {
+		text += fmt.Sprintf(" of %d", total-b.skipped)
 	}
 	text += " done"
 	if b.failed > 0 {
@@ -795,12 +799,15 @@ type line struct {
 	err  error
 }
 
-// readLines reads somewhat ahead, and rings for each line and for the end.
-func readLines(stop context.Context, file io.Reader, end byte, ring func()) <-chan line {
-	lines := make(chan line, 64)
+// readLines reads somewhat ahead, and rings for each line and for the end. Then total is
+// how many there were.
+func readLines(stop context.Context, file io.Reader, end byte, ring func()) (lines chan line, total *atomic.Int64) {
+	lines, total = make(chan line, 64), new(atomic.Int64)
 	go func() {
+		count := int64(0)
 		defer ring()
 		defer close(lines)
+		defer func() { total.Store(count) }()
 		reader := bufio.NewReaderSize(file, 64<<10)
 		for {
 			text, err := reader.ReadBytes(end)
@@ -813,6 +820,7 @@ func readLines(stop context.Context, file io.Reader, end byte, ring func()) <-ch
 			}
 			select {
 			case lines <- l:
+				count++
 				ring()
 			case <-stop.Done():
 				return
@@ -822,7 +830,7 @@ func readLines(stop context.Context, file io.Reader, end byte, ring func()) <-ch
 			}
 		}
 	}()
-	return lines
+	return lines, total
 }
 
 // A joblog is a file with a line for each request that ended: what ended with status 0
@@ -1132,11 +1140,8 @@ func (c *Client) Cancel(r *call) {
 // than ours know nothing of that. It returns the requests that ended meanwhile.
 func (c *Client) Abandon() []*call {
 	c.waiting = nil
-	for _, r := range c.flying {
-		if c.link.connected && !strings.HasPrefix(r.service, mmiPrefix) {
-			c.cancel("")
-			break
-		}
+	if c.waitsAtBroker() {
+		c.cancel("")
 	}
 	patience := time.Now().Add(time.Second / 2)
 	for c.link != nil && c.cancels > 0 && time.Now().Before(patience) {
@@ -1149,6 +1154,20 @@ func (c *Client) Abandon() []*call {
 	ended := c.ended
 	c.ended = nil
 	return ended
+}
+
+// waitsAtBroker tells whether a request may wait at the broker.
+func (c *Client) waitsAtBroker() bool {
+	// The monitor may have more to tell than it has rung for.
+	if c.link == nil || c.link.Look() != nil || !c.link.connected {
+		return false
+	}
+	for _, r := range c.flying {
+		if !strings.HasPrefix(r.service, mmiPrefix) {
+			return true
+		}
+	}
+	return false
 }
 
 // step waits, once, and does what there is to do then.

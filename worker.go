@@ -32,7 +32,8 @@ output, its standard error and its exit status.
 
   -j, --jobs N           serve N requests at a time (1); 0 is one per core
       --stdin            the last argument of a request is the standard input instead
-      --timeout DURATION end a command that takes longer, with status 124 (none; 30s
+      --timeout DURATION
+                         end a command that takes longer, with status 124 (none; 30s
                          with --coproc)
       --kill-after DURATION
                          a command that must end gets SIGTERM, and SIGKILL after (2s)
