@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
@@ -127,6 +126,10 @@ func babblingClient() {
 
 // TestScripts drives the tools from outside, as a user's shell does.
 func TestScripts(t *testing.T) {
+	root, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
@@ -136,6 +139,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("BACKBONE_BROKER", "ipc://"+env.WorkDir+"/broker")
 			// The race detector would let each process sleep for a second at its end.
 			env.Setenv("GORACE", "atexit_sleep_ms=0")
+			env.Setenv("ROOT", root)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -186,17 +190,7 @@ func signalledTool(ts *testscript.TestScript, neg bool, args []string) {
 func TestHelpNamesEveryFlagAndNoOther(t *testing.T) {
 	for _, a := range applets() {
 		t.Run(a.name, func(t *testing.T) {
-			parser, err := newParser(a.new())
-			if err != nil {
-				t.Fatal(err)
-			}
-			var flags []string
-			for _, flag := range parser.Model.Flags {
-				flags = append(flags, "--"+flag.Name)
-				if flag.Short != 0 {
-					flags = append(flags, fmt.Sprintf("-%c", flag.Short))
-				}
-			}
+			flags := flagsOf(t, a)
 			// A line that documents flags starts with them; the examples do not.
 			var documented []string
 			for line := range strings.Lines(a.usage) {
@@ -205,7 +199,6 @@ func TestHelpNamesEveryFlagAndNoOther(t *testing.T) {
 					documented = append(documented, regexp.MustCompile(`--?[a-z0-9][a-z-]*`).FindAllString(spec, -1)...)
 				}
 			}
-			slices.Sort(flags)
 			slices.Sort(documented)
 			if !slices.Equal(flags, documented) {
 				t.Errorf("the flags are\n%q, the help has\n%q", flags, documented)

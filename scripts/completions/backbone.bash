@@ -1,0 +1,61 @@
+# Completions of bbroker, bservice and brequest for bash. The flags are those that --help
+# names, and the services those that the broker tells, if there is one.
+
+# _backbone_flags TOOL prints each flag, with what it takes if it takes something.
+_backbone_flags() {
+	"$1" --help 2>/dev/null | awk '/^ +-/ {
+		sub(/^ +/, ""); sub(/  .*/, "")
+		for (i = split($0, flags, ", "); i > 0; i--) {
+			split(flags[i], part, " ")
+			if (part[1] ~ /^--/) takes = part[2] # and so does the short one before it
+			print part[1], takes
+		}
+	}'
+}
+
+_backbone() {
+	local tool=${1##*/} flag takes word value= rest= operands=0
+	local -A flags
+	local -a words broker
+	while read -r flag takes; do
+		flags[$flag]=$takes
+	done < <(_backbone_flags "$1")
+
+	# Not from COMP_WORDS, which has endpoints in pieces.
+	read -ra words <<<"${COMP_LINE:0:COMP_POINT}"
+	[[ ${COMP_LINE:0:COMP_POINT} != *[[:space:]] ]] || words+=("")
+	local cur=${words[${#words[@]} - 1]}
+	for word in "${words[@]:1:${#words[@]}-2}"; do
+		if [[ $value ]]; then
+			[[ $value != --@(broker|host|port) ]] || broker+=("$value" "$word")
+			value=
+		elif [[ $rest || $word != -?* ]]; then
+			((++operands))
+		elif [[ $word == -- ]]; then
+			rest=yes
+		elif [[ $word == --@(broker|host|port)=* ]]; then
+			broker+=("$word")
+		elif [[ ${flags[$word]} ]]; then
+			value=$word
+		fi
+	done
+
+	COMPREPLY=()
+	if [[ $value ]]; then
+		case ${flags[$value]} in
+		DIR) COMPREPLY=($(compgen -d -- "$cur")) ;;
+		FILE) COMPREPLY=($(compgen -f -- "$cur")) ;;
+		esac
+	elif [[ $cur == -* && ! $rest && $operands -lt 2 ]]; then
+		COMPREPLY=($(compgen -W "${!flags[*]}" -- "$cur"))
+	elif [[ $tool != bbroker && $operands = 0 ]]; then
+		COMPREPLY=($(compgen -W "$(brequest -q -t 0.5 --list "${broker[@]}" 2>/dev/null | tail -n +2 | cut -f 1)" -- "$cur"))
+		! declare -F __ltrim_colon_completions >/dev/null || __ltrim_colon_completions "$cur"
+	elif [[ $tool = bservice && $operands = 1 ]]; then
+		COMPREPLY=($(compgen -c -- "$cur"))
+	elif [[ $tool != bbroker ]]; then
+		COMPREPLY=($(compgen -f -- "$cur"))
+	fi
+}
+
+complete -F _backbone bbroker bservice brequest
