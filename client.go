@@ -215,7 +215,6 @@ func (t *requestTool) insistently(client *Client, body [][]byte) answer {
 		select {
 		case <-time.After(pause):
 		case <-client.stop.Done():
-			return answerOf(nil, client.stop.Err())
 		}
 	}
 	return answerOf(client.Send(t.Name, body, time.Duration(t.Timeout)))
@@ -1080,15 +1079,15 @@ func (c *Client) connected() bool { return c.link != nil && c.link.connected }
 func (c *Client) Send(service string, body [][]byte, timeout time.Duration) ([][]byte, error) {
 	r := &call{service: service, body: body, timeout: timeout}
 	for c.Begin(r); !r.ended; {
+		if err := c.stop.Err(); err != nil {
+			c.Abandon()
+			return nil, err
+		}
 		var until time.Time
 		if c.Meanwhile != nil {
 			until = c.Meanwhile()
 		}
 		if _, err := c.Await(until); err != nil {
-			return nil, err
-		}
-		if err := c.stop.Err(); err != nil && !r.ended {
-			c.Abandon()
 			return nil, err
 		}
 	}

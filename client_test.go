@@ -337,6 +337,17 @@ func TestCancelEndsWhatHasNotBegunAndNothingElse(t *testing.T) {
 	}
 }
 
+func TestWhatWasCancelledBeforeItWasSentEndsAtOnce(t *testing.T) {
+	client := newBatchClient(t, "ipc://"+t.TempDir()+"/nobody")
+	calls := begin(client, 0, "a")
+	client.Cancel(calls[0])
+	limit := time.Now().Add(20 * time.Second)
+	ended, err := client.Await(limit)
+	if err != nil || !slices.Equal(ended, calls) || time.Now().After(limit) {
+		t.Errorf("%d ended, %v, want the one", len(ended), err)
+	}
+}
+
 func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
@@ -363,6 +374,39 @@ func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *te
 	}()
 	awaitAll(t, client, next)
 	again.want(spell(next[0].reply), "here")
+}
+
+func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
+	broker, endpoint := bindPeer(t)
+	client := newBatchClient(t, endpoint)
+	ask := func(broker peer) {
+		calls := begin(client, 0, "a")
+		go func() {
+			request := broker.recv()
+			broker.send(request[0], request[1], "", "MDPC01", "echo", "here")
+		}()
+		awaitAll(t, client, calls)
+		broker.want(spell(calls[0].reply), "here")
+	}
+	ask(broker)
+	broker.Close()
+	for client.link.connected {
+		if _, err := client.Await(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := newPeer(t, zmq.ROUTER)
+	if err := again.Bind(endpoint); err != nil {
+		t.Fatal(err)
+	}
+	ask(again)
+}
+
+func TestClientThatHasNothingToAskDoesNotConnect(t *testing.T) {
+	client := newBatchClient(t, "ipc://"+t.TempDir()+"/nobody")
+	if ended, err := client.Await(time.Now()); len(ended) > 0 || err != nil || client.link != nil {
+		t.Errorf("%v, %v, and it is connected: %v", ended, err, client.link != nil)
+	}
 }
 
 func TestWhatTimedOutWithoutABrokerIsNotSentToOneThatComes(t *testing.T) {
