@@ -55,33 +55,62 @@ func TestManPagesNameEveryFlagAndNoOther(t *testing.T) {
 }
 
 func TestWorkedExamplesWork(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## Worked examples\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	examples := strings.Split(section, "\n### ")[1:]
+	examples := strings.Split(readmeSection(t, "Worked examples"), "\n### ")[1:]
 	if len(examples) < 6 {
 		t.Fatalf("there are only %d of them", len(examples))
 	}
 	for _, example := range examples {
 		title, text, _ := strings.Cut(example, "\n")
 		t.Run(title, func(t *testing.T) {
-			if strings.Contains(text, "`Makefile`") {
-				if _, err := exec.LookPath("make"); err != nil {
-					t.Skip("there is no make")
-				}
+			if _, err := exec.LookPath("make"); err != nil && strings.Contains(text, "`Makefile`") {
+				t.Skip("there is no make")
 			}
-			workExample(t, text)
+			workExample(t, text, os.Environ())
 		})
 	}
 }
 
+func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
+	// The interpreters are those that have ZeroMQ.
+	bin := t.TempDir()
+	for name, language := range map[string]string{"python3": "python", "node": "javascript"} {
+		path, err := exec.LookPath(interpreter(t, language))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(bin, name), fmt.Appendf(nil, "#!/bin/sh\nexec %s \"$@\"\n", path), 0o700)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	root, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "LIBRARIES="+root+"/scripts",
+		"NODE_PATH="+root+"/scripts/node_modules", "PYTHONDONTWRITEBYTECODE=1")
+	text := readmeSection(t, "From Python and JavaScript")
+	workExample(t, strings.Replace(text, "\n    $ ", "\n    $ cp $LIBRARIES/backbone.* .\n    $ ", 1), env)
+}
+
+// readmeSection is what the README has under a heading.
+func readmeSection(t *testing.T, title string) string {
+	t.Helper()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(readme), "\n## "+title+"\n")
+	if !found {
+		t.Fatalf("the README has no section %q", title)
+	}
+	section, _, _ = strings.Cut(section, "\n## ")
+	return section
+}
+
 // workExample does what an example of the README says: it writes the files that are
 // there, after their name in a line of its own, and types in what follows a prompt.
-func workExample(t *testing.T, text string) {
-	s := newSite(t)
+func workExample(t *testing.T, text string, env []string) {
+	s := newSite(t, "--heartbeat", "1s")
 	var script strings.Builder
 	var want []string // what each command prints, after a line that tells its number
 	name := ""
@@ -111,7 +140,7 @@ func workExample(t *testing.T, text string) {
 
 	output := fileWith(t, "")
 	shell := exec.Command("sh")
-	shell.Dir, shell.Env = s.dir, append(os.Environ(), "BACKBONE_BROKER="+s.endpoint, "GORACE=atexit_sleep_ms=0")
+	shell.Dir, shell.Env = s.dir, append(env, "BACKBONE_BROKER="+s.endpoint, "GORACE=atexit_sleep_ms=0")
 	shell.Stdin, shell.Stdout, shell.Stderr = strings.NewReader(script.String()), output, output
 	shell.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := shell.Start(); err != nil {
@@ -122,7 +151,7 @@ func workExample(t *testing.T, text string) {
 	defer timer.Stop()
 	shell.Wait()
 	syscall.Kill(group, syscall.SIGTERM) // what it left in the background
-	s.becomes("backbone_workers", 0)
+	s.expectNoProcess(func(pid int, _ string) bool { return pid == s.broker.Process.Pid })
 	got, err := os.ReadFile(output.Name())
 	if err != nil || string(got) != strings.Join(want, "") {
 		t.Errorf("it prints\n%s\n%v, instead of\n%s", got, err, strings.Join(want, ""))

@@ -11,6 +11,7 @@ import (
 	"reflect"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -830,21 +831,28 @@ func TestCoprocessEndsWithItsInputOrElseByTheLadder(t *testing.T) {
 
 // Whole services, for a long time and under load.
 
-// expectNoDescendants looks for processes in the site's folder, besides our tools. Those
-// that were just killed may take a moment to go.
+// expectNoDescendants looks for processes in the site's folder, besides our tools.
 func (s *site) expectNoDescendants() {
 	s.t.Helper()
-	broker, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.broker.Process.Pid))
+	ours, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.broker.Process.Pid))
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	s.expectNoProcess(func(_ int, exe string) bool { return filepath.Dir(exe) == filepath.Dir(ours) })
+}
+
+// expectNoProcess looks for processes in the site's folder but those to keep. What was
+// just killed may take a moment to go.
+func (s *site) expectNoProcess(keep func(pid int, exe string) bool) {
+	s.t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; {
 		var left []string
 		dirs, _ := filepath.Glob("/proc/[0-9]*")
 		for _, dir := range dirs {
 			cwd, _ := os.Readlink(dir + "/cwd")
-			if exe, _ := os.Readlink(dir + "/exe"); cwd == s.dir && filepath.Dir(exe) != filepath.Dir(broker) {
-				left = append(left, dir)
+			exe, _ := os.Readlink(dir + "/exe")
+			if pid, _ := strconv.Atoi(filepath.Base(dir)); cwd == s.dir && !keep(pid, exe) {
+				left = append(left, exe)
 			}
 		}
 		if len(left) == 0 {

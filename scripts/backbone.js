@@ -1,0 +1,605 @@
+#!/usr/bin/env node
+'use strict';
+/*
+ * Clients and services for Backbone, in one file to copy. Needs zeromq 6 and nothing else.
+ *
+ *   const { BackboneClient, BackboneService } = require('./backbone');
+ *
+ *   new BackboneClient().send('ls-service', '/tmp').then(reply => console.log(reply));
+ *
+ *   new BackboneService('greet', (message, reply) => reply(['hello', ...message])).connect();
+ *
+ * They speak MDP/0.1 (RFC 7). A message is a string, a Buffer, or an array of them. What
+ * comes is an array of strings for a service, and a string or, of several frames, an array
+ * for a client; a frame that is not UTF-8 stays a Buffer, and with {encoding: null} each
+ * one does.
+ *
+ * As a program: backbone.js request|service --help
+ */
+const crypto = require('crypto');
+const os = require('os');
+const { spawn } = require('child_process');
+const { Worker, parentPort, workerData } = require('worker_threads');
+const { Dealer } = require('zeromq');
+
+const CLIENT = 'MDPC01', WORKER = 'MDPW01';
+const READY = '\x01', REQUEST = '\x02', REPLY = '\x03', HEARTBEAT = '\x04', DISCONNECT = '\x05';
+
+// In milliseconds.
+const HEARTBEAT_INTERVAL = 1000; // in both directions
+const SILENCE = 5 * HEARTBEAT_INTERVAL; // after which the other side is gone
+const DEFAULT_TIMEOUT = 3000;
+const CANCEL_PATIENCE = 500; // for brokers that know nothing of mmi.cancel
+const IDLE_PATIENCE = 100; // before an unused connection is closed, which would keep a script from ending
+
+/** A request without success. Its status is the exit status that brequest would have. */
+class BackboneError extends Error {
+  constructor(message, status = 1) {
+    super(message);
+    this.name = this.constructor.name;
+    this.status = status;
+  }
+}
+
+/** No reply came in time. */
+class RequestTimeout extends BackboneError {
+  constructor(message, status = 124) { super(message, status); }
+}
+
+/** No broker was there in time. */
+class NoBroker extends RequestTimeout {
+  constructor(message) { super(message, 69); }
+}
+
+/** The connection to the broker broke before the reply. */
+class ConnectionLost extends BackboneError {
+  constructor(message) { super(message, 69); }
+}
+
+/** What came is no reply. */
+class ProtocolError extends BackboneError {
+  constructor(message) { super(message, 76); }
+}
+
+/** The service failed. Thrown by on_request it is what the client gets. */
+class StatusError extends BackboneError {
+  constructor(status, stdout = '', stderr = '') {
+    super(String(stderr).trim() || `exit status ${status}`, status);
+    this.stdout = stdout;
+    this.stderr = stderr;
+  }
+}
+
+/** The frames of a message: nothing, one frame, or an array of them. */
+function framesOf(message) {
+  if (message === undefined || message === null) return [];
+  return (Array.isArray(message) ? message : [message]).map(frame =>
+    ArrayBuffer.isView(frame) ? Buffer.from(frame.buffer, frame.byteOffset, frame.byteLength) : Buffer.from(String(frame)));
+}
+
+function decode(frame, encoding) {
+  if (!encoding) return frame;
+  try {
+    return new TextDecoder(encoding, { fatal: true, ignoreBOM: true }).decode(frame);
+  } catch {
+    return frame;
+  }
+}
+
+function endpointOf(host, port, broker) {
+  if (!broker && !host && !port) broker = process.env.BACKBONE_BROKER;
+  if (broker) return broker;
+  host = host || process.env.BACKBONE_HOST || '127.0.0.1';
+  port = port || process.env.BACKBONE_PORT || '5555';
+  return `tcp://${host.includes(':') ? `[${host.replace(/^\[|\]$/g, '')}]` : host}:${port}`;
+}
+
+function dealer(endpoint, tool) {
+  return new Dealer({
+    // Printable, telling a person who it is, and never used twice.
+    routingId: `${tool}.${os.hostname().slice(0, 200)}.${process.pid}.${crypto.randomBytes(4).toString('hex')}`,
+    linger: 0,
+    reconnectInterval: 20,
+    reconnectMaxInterval: 1000,
+    ipv6: endpoint.includes('['),
+  });
+}
+
+/** A request and the reply to it, as they are on a REQ socket. */
+class BackboneClientMessage {
+  constructor(service, message, { encoding = 'utf8' } = {}) {
+    this.service = service;
+    this.message = message;
+    this.encoding = encoding;
+    this.reply = undefined;
+  }
+
+  serialize() {
+    return [CLIENT, this.service, ...framesOf(this.message)];
+  }
+
+  /**
+   * Returns the frames of the reply, or the one that there is. A status reply of failure
+   * is thrown as a StatusError.
+   */
+  parseReply(raw, { simply_short_reply = true } = {}) {
+    let [protocol, service, ...body] = raw.map(frame => Buffer.from(frame));
+    if (String(protocol) !== CLIENT || String(service) !== this.service) {
+      throw new ProtocolError(`bad reply: ${raw.slice(0, 4).map(frame => JSON.stringify(String(frame)))}`);
+    }
+    const status = statusOf(body);
+    if (status && status.status !== 0) throw status;
+    if (status) body = [status.stdout];
+    body = body.map(frame => decode(frame, this.encoding));
+    this.reply = simply_short_reply && body.length === 1 ? body[0] : body;
+    return this.reply;
+  }
+
+  parseResponse(raw, options) {
+    return this.parseReply(raw, options);
+  }
+
+  getReply() {
+    return this.reply;
+  }
+}
+
+/** The StatusError that a status reply stands for, or undefined for data. */
+function statusOf(body) {
+  if (body.length === 2 && String(body[0]) === 'Error') {
+    return new StatusError(1, Buffer.alloc(0), Buffer.concat([body[1], Buffer.from('\n')]));
+  }
+  const match = body.length === 3 && /^exit status (\d+)$/.exec(String(body[2]));
+  return match && match[1] < 256 ? new StatusError(Number(match[1]), body[0], body[1]) : undefined;
+}
+
+/** A socket for one request at a time, and what becomes of its connection. */
+class Connection {
+  constructor(endpoint) {
+    this.socket = dealer(endpoint, 'brequest');
+    this.connected = this.lost = false;
+    this.ready = new Promise(resolve => {
+      this.socket.events.on('handshake', () => { this.connected = true; resolve(); });
+    });
+    this.broken = new Promise(resolve => {
+      this.socket.events.on('disconnect', () => {
+        if (this.connected) { this.lost = true; resolve(); }
+      });
+    });
+    this.socket.connect(endpoint);
+    this.endpoint = endpoint;
+  }
+
+  /** Sends a request and waits for what comes. */
+  async ask(frames, timeout, signal) {
+    await this.socket.send(['', ...frames]);
+    this.arrival = this.socket.receive();
+    this.arrival.catch(() => {}); // that the socket was closed
+    let timer, aborted;
+    const failure = new Promise((_, reject) => {
+      if (timeout > 0 && timeout < Infinity) {
+        timer = setTimeout(() => reject(this.connected
+          ? new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`)
+          : new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`)), timeout);
+      }
+      // The last words of a broker that stops are handed out a little later, perhaps.
+      this.broken.then(() => setTimeout(reject, 100, new ConnectionLost(`lost the broker at ${this.endpoint} before its reply`)));
+      if (signal) {
+        aborted = () => reject(signal.reason);
+        if (signal.aborted) aborted();
+        signal.addEventListener('abort', aborted);
+      }
+    });
+    failure.catch(() => {});
+    try {
+      const reply = await Promise.race([this.arrival, failure]);
+      if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: it has no empty first frame');
+      return reply.slice(1);
+    } finally {
+      clearTimeout(timer);
+      if (signal) signal.removeEventListener('abort', aborted);
+    }
+  }
+
+  /** Takes the request back if it has not begun, and waits until that has left. */
+  async cancel() {
+    let timer;
+    await this.socket.send(['', CLIENT, 'mmi.cancel']);
+    await Promise.race([this.arrival, new Promise(resolve => { timer = setTimeout(resolve, CANCEL_PATIENCE); })]);
+    clearTimeout(timer);
+  }
+
+  close() {
+    clearTimeout(this.idle);
+    this.socket.close();
+  }
+}
+
+/** Asks services, any number of requests at once: each has a connection of its own. */
+class BackboneClient {
+  constructor(host, port, { broker, encoding = 'utf8' } = {}) {
+    this.host = host;
+    this.port = port;
+    this.endpoint = endpointOf(host, port, broker);
+    this.encoding = encoding;
+    this._idle = [];
+  }
+
+  getEndpoint() {
+    return this.endpoint;
+  }
+
+  /** The promise of a connection. send makes one too, and waits for a broker that is not there yet. */
+  async connect() {
+    const connection = new Connection(this.endpoint);
+    this._idle.push(connection);
+    await connection.ready;
+    if (this._idle.includes(connection)) this._rest(connection);
+    return this;
+  }
+
+  async disconnect() {
+    while (this._idle.length) this._idle.pop().close();
+    return this;
+  }
+
+  /** The promise of a service's reply. timeout is in milliseconds; 0 or less is none. */
+  async send(service, message, timeout, { signal } = {}) {
+    timeout = timeout === undefined || timeout === null ? DEFAULT_TIMEOUT : Number(timeout);
+    const request = new BackboneClientMessage(service, message, { encoding: this.encoding });
+    const connection = this._take();
+    try {
+      const result = request.parseReply(await connection.ask(request.serialize(), timeout, signal));
+      this._rest(connection);
+      return result;
+    } catch (error) {
+      if (error instanceof StatusError) {
+        this._rest(connection);
+        throw error;
+      }
+      if (connection.connected && !connection.lost && !service.startsWith('mmi.')) {
+        await connection.cancel().catch(() => {});
+      }
+      connection.close(); // a late reply cannot be taken for the next one's
+      throw error;
+    }
+  }
+
+  _take() {
+    for (;;) {
+      const connection = this._idle.pop() || new Connection(this.endpoint);
+      clearTimeout(connection.idle);
+      if (!connection.lost) return connection;
+      connection.close();
+    }
+  }
+
+  _rest(connection) {
+    if (!this._idle.includes(connection)) this._idle.push(connection);
+    clearTimeout(connection.idle);
+    connection.idle = setTimeout(() => {
+      this._idle = this._idle.filter(other => other !== connection);
+      connection.close();
+    }, IDLE_PATIENCE);
+  }
+}
+
+/**
+ * Serves a name: on_request(message, reply) is called for one request at a time, and calls
+ * reply with the answer, now or later; what it throws, or a promise that it returns, goes
+ * to the client as a failure. A thread of its own keeps in touch with the broker, so that
+ * on_request may take its time even where it does not return.
+ */
+class BackboneService {
+  constructor(service, on_request, { host, port, broker, encoding = 'utf8', log } = {}) {
+    this.service = service;
+    this.on_request = on_request;
+    this.endpoint = endpointOf(host, port, broker);
+    this.encoding = encoding;
+    this.log = log || (text => console.error(`${service}: ${text}`));
+  }
+
+  getEndpoint() {
+    return this.endpoint;
+  }
+
+  /** Registers, as soon as a broker is there, and serves. */
+  connect() {
+    this._thread = new Worker(__filename, { workerData: { backboneService: this.service, endpoint: this.endpoint } });
+    this._thread.on('message', ({ log, token, body }) => (log ? this.log(log) : this._serve(token, body)));
+    this._ended = new Promise((resolve, reject) => this._thread.on('exit', resolve).on('error', reject));
+    return this;
+  }
+
+  /** Takes no more requests, and takes its leave after the reply to the last. */
+  disconnect() {
+    this._thread.postMessage({ stop: true });
+    return this._ended;
+  }
+
+  async _serve(token, body) {
+    const reply = message => this._thread.postMessage({ token, body: framesOf(message) });
+    try {
+      await this.on_request(body.map(frame => decode(Buffer.from(frame), this.encoding)), reply);
+    } catch (error) {
+      if (error instanceof StatusError) reply([error.stdout, error.stderr, `exit status ${error.status}`]);
+      else reply(['', `${error && error.stack ? `${error.name}: ${error.message}` : error}\n`, 'exit status 1']);
+    }
+  }
+}
+
+/** The thread of a BackboneService: registers again and again, until it is told to stop. */
+async function keepInTouch({ backboneService: service, endpoint }) {
+  let session;
+  let stopping = false;
+  parentPort.on('message', ({ stop, token, body }) => {
+    if (stop) stopping = true;
+    if (session && token !== undefined) session.reply(token, body);
+    if (session && stop) session.settle();
+  });
+  for (let number = 0; !stopping; number++) {
+    session = new Session(service, endpoint, number, () => stopping);
+    const why = await session.over;
+    if (stopping) break;
+    parentPort.postMessage({ log: `${why}; connecting to ${endpoint} again` });
+    await new Promise(resolve => setTimeout(resolve, HEARTBEAT_INTERVAL / 2)); // one that turns us away is not to be hammered
+  }
+  parentPort.close();
+}
+
+/** One registration on a socket of its own, from READY to DISCONNECT. over tells why it ended. */
+class Session {
+  constructor(service, endpoint, number, stopping) {
+    Object.assign(this, { number, stopping, requests: 0, heard: Date.now() });
+    this.socket = dealer(endpoint, 'bservice');
+    this.socket.connect(endpoint);
+    this.sent = Promise.resolve();
+    this.over = new Promise(resolve => { this.end = resolve; });
+    this.send(READY, service);
+    this.ticker = setInterval(() => this.tick(), HEARTBEAT_INTERVAL);
+    this.receive();
+  }
+
+  send(...frames) {
+    // One at a time, as the socket wants it.
+    this.sent = this.sent.then(() => this.socket.send(['', WORKER, ...frames])).catch(() => {});
+  }
+
+  tick() {
+    if (!this.why) this.send(HEARTBEAT);
+    // Some brokers send no heartbeats to a worker that is busy.
+    if (!this.address && Date.now() - this.heard > SILENCE) this.why = 'no heartbeat from the broker';
+    this.settle();
+  }
+
+  async receive() {
+    for await (let frames of this.socket) {
+      this.heard = Date.now();
+      if (frames[0].length === 0) frames = frames.slice(1); // which the original's broker may leave out
+      const [protocol, command, ...rest] = frames.map(String);
+      if (protocol !== WORKER) continue;
+      if (command === DISCONNECT) this.why = 'the broker said DISCONNECT';
+      const cut = rest.indexOf('');
+      if (command === REQUEST && cut >= 0 && !this.address) {
+        this.address = frames.slice(2, 2 + cut + 1);
+        this.token = `${this.number}.${++this.requests}`;
+        parentPort.postMessage({ token: this.token, body: frames.slice(2 + cut + 1) });
+      }
+      this.settle();
+    }
+  }
+
+  /** Takes the first reply to the request in hand, and none that is another one's. */
+  reply(token, body) {
+    if (!this.address || token !== this.token) return;
+    if (this.why) parentPort.postMessage({ log: `a reply is lost: ${this.why}` });
+    else this.send(REPLY, ...this.address, ...body);
+    this.address = undefined;
+    this.settle();
+  }
+
+  /** Ends it when that is due. It waits for its request nevertheless: one at a time. */
+  settle() {
+    if (this.address || this.ended || !(this.why || this.stopping())) return;
+    this.ended = true;
+    clearInterval(this.ticker);
+    if (!this.why) {
+      this.send(DISCONNECT);
+      this.socket.linger = 1000;
+    }
+    this.sent.then(() => {
+      this.socket.close();
+      this.end(this.why);
+    });
+  }
+}
+
+/** Serves a command: runs it with its options and then the message as arguments. */
+class CmdService extends BackboneService {
+  constructor(service, cmd, host, port, options = [], { broker, stdin = false, log } = {}) {
+    super(service, (message, reply) => this._run(message, reply), { host, port, broker, log, encoding: null });
+    this.command = [cmd, ...options];
+    this.stdin = stdin;
+  }
+
+  _run(message, reply) {
+    const given = this.stdin && message.length ? message.pop() : undefined;
+    const args = message.map(frame => decode(frame, 'utf8'));
+    if (args.some(arg => typeof arg !== 'string')) {
+      throw new StatusError(126, '', 'an argument is not UTF-8, as Node.js needs it\n');
+    }
+    return new Promise((resolve, reject) => {
+      const refuse = error => reject(new StatusError(error.code === 'ENOENT' ? 127 : 126, '', `${error.message}\n`));
+      let child;
+      try {
+        child = spawn(this.command[0], [...this.command.slice(1), ...args], { stdio: [given ? 'pipe' : 'ignore', 'pipe', 'pipe'] });
+      } catch (error) {
+        refuse(error);
+        return;
+      }
+      const stdout = [], stderr = [];
+      child.stdout.on('data', chunk => stdout.push(chunk));
+      child.stderr.on('data', chunk => stderr.push(chunk));
+      if (given) child.stdin.on('error', () => {}).end(given); // it need not read all
+      child.on('error', refuse);
+      child.on('close', (code, signal) => {
+        const status = signal ? 128 + os.constants.signals[signal] : code;
+        if (status === 0) reply(Buffer.concat(stdout));
+        else reject(new StatusError(status, Buffer.concat(stdout), Buffer.concat(stderr)));
+        resolve();
+      });
+    });
+  }
+}
+
+// From here on: the program.
+
+const USAGE = `usage: backbone.js request [FLAGS] NAME [ARG...]
+       backbone.js service [FLAGS] NAME COMMAND [ARG...]
+
+As brequest and bservice, with these of their flags:
+  -t, --timeout DURATION    request: give up after so long; 0 waits for ever (30s)
+  -n, --no-input            request: do not read standard input
+  -0, --null                request: NUL bytes end lines, not newlines
+      --stdin               send, or take, standard input as one last argument
+      --host HOST, --port PORT, --broker ENDPOINT
+  -q, --quiet
+  -h, --help
+`;
+
+const TAKES_VALUE = ['--timeout', '--host', '--port', '--broker'];
+const SHORT = { '-t': '--timeout', '-n': '--no-input', '-0': '--null', '-q': '--quiet', '-h': '--help' };
+const FLAGS = {
+  request: ['--timeout', '--no-input', '--null', '--stdin', '--host', '--port', '--broker', '--quiet', '--help'],
+  service: ['--stdin', '--host', '--port', '--broker', '--quiet', '--help'],
+};
+
+class Misuse extends Error {}
+
+/** The flags, the name and what follows. Flags end at the first bare word after the name. */
+function parse(verb, words) {
+  const flags = {};
+  let name;
+  words = [...words];
+  while (words.length) {
+    const word = words.shift();
+    if (word === '--') {
+      if (name === undefined) name = words.shift();
+      break;
+    }
+    if (!word.startsWith('-') || word === '-') {
+      if (name !== undefined) {
+        words.unshift(word);
+        break;
+      }
+      name = word;
+      continue;
+    }
+    let [, flag, value] = /^([^=]*)(?:=([^]*))?$/.exec(word);
+    flag = SHORT[flag] || flag;
+    if (!FLAGS[verb].includes(flag)) {
+      throw new Misuse(`unknown flag ${word}\nhint: put -- before arguments that are not for us`);
+    }
+    if (TAKES_VALUE.includes(flag) && value === undefined) {
+      if (!words.length) throw new Misuse(`${flag} needs a value`);
+      value = words.shift();
+    }
+    flags[flag] = value === undefined ? '' : value;
+  }
+  return { flags, name, rest: words };
+}
+
+/** Milliseconds. */
+function duration(text) {
+  const match = /^(\d+\.?\d*|\.\d+)(h|m|s|ms|)$/.exec(text);
+  if (!match) throw new Misuse(`${JSON.stringify(text)} is no duration; try 5, 0.5 or 500ms`);
+  return match[1] * { h: 3600000, m: 60000, s: 1000, ms: 1, '': 1000 }[match[2]];
+}
+
+async function readInput() {
+  const chunks = [];
+  for await (const chunk of process.stdin) chunks.push(chunk);
+  return Buffer.concat(chunks);
+}
+
+function split(input, separator) {
+  const lines = [];
+  for (let at = 0; at < input.length;) {
+    const end = input.indexOf(separator, at);
+    lines.push(input.subarray(at, end < 0 ? input.length : end));
+    at = end < 0 ? input.length : end + 1;
+  }
+  return lines;
+}
+
+function write(data) {
+  return new Promise((resolve, reject) => {
+    process.stdout.on('error', reject);
+    process.stdout.write(data, error => (error ? reject(error) : resolve()));
+  });
+}
+
+async function request({ flags, name, rest }) {
+  const timeout = duration(flags['--timeout'] || '30');
+  const separator = '--null' in flags ? '\0' : '\n';
+  let message = rest;
+  if ('--stdin' in flags) message = [...rest, await readInput()];
+  else if (!rest.length && !('--no-input' in flags) && !process.stdin.isTTY) message = split(await readInput(), separator);
+
+  const stop = new AbortController();
+  for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => stop.abort({ signal }));
+  const client = new BackboneClient(flags['--host'], flags['--port'], { broker: flags['--broker'], encoding: null });
+  const reply = await client.send(name, message, timeout, { signal: stop.signal });
+  await write(Array.isArray(reply) ? Buffer.concat(reply.flatMap(frame => [frame, Buffer.from(separator)])) : reply);
+  await client.disconnect();
+}
+
+async function service({ flags, name, rest }) {
+  if (!rest.length) throw new Misuse(`no command for ${name}`);
+  const log = '--quiet' in flags ? () => {} : undefined;
+  const served = new CmdService(name, rest[0], flags['--host'], flags['--port'], rest.slice(1),
+    { broker: flags['--broker'], stdin: '--stdin' in flags, log });
+  served.connect();
+  for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => served.disconnect());
+  await served._ended;
+}
+
+async function main(verb, words) {
+  const say = text => process.stderr.write(`${text.split('\n').map(line => `backbone.js: ${line}\n`).join('')}`);
+  let parsed = {};
+  try {
+    if (verb === '-h' || verb === '--help') return await write(USAGE), 0;
+    if (!FLAGS[verb]) throw new Misuse('request or service?\nhint: backbone.js --help');
+    parsed = parse(verb, words);
+    if ('--help' in parsed.flags) return await write(USAGE), 0;
+    if (!parsed.name) throw new Misuse('no service name');
+    await { request, service }[verb](parsed);
+    return 0;
+  } catch (error) {
+    if (error.signal) {
+      process.kill(process.pid, error.signal);
+      await new Promise(resolve => setTimeout(resolve, 1000));
+      return 128 + os.constants.signals[error.signal];
+    }
+    if (error instanceof StatusError) {
+      await write(error.stdout);
+      process.stderr.write(error.stderr);
+      return error.status;
+    }
+    if (error.code === 'EPIPE') return 141;
+    say(error instanceof BackboneError ? `${parsed.name}: ${error.message}` : error.message);
+    if (error instanceof Misuse) return 64;
+    return error instanceof BackboneError ? error.status : 74;
+  }
+}
+
+if (workerData && workerData.backboneService !== undefined && parentPort) {
+  keepInTouch(workerData);
+} else if (require.main === module) {
+  main(process.argv[2], process.argv.slice(3)).then(status => { process.exitCode = status; });
+}
+
+module.exports = {
+  BackboneClient, BackboneClientMessage, BackboneService, CmdService,
+  BackboneError, RequestTimeout, NoBroker, ConnectionLost, ProtocolError, StatusError,
+};

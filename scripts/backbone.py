@@ -1,0 +1,652 @@
+#!/usr/bin/env python3
+"""Clients and services for Backbone, in one file to copy. Needs pyzmq and nothing else.
+
+    from backbone import BackboneClient, BackboneService
+
+    client = BackboneClient()
+    print(client.send('ls-service', '/tmp'))
+
+    def on_request(message, reply):
+        reply(['hello'] + message)
+    BackboneService('greet', on_request).start()
+
+They speak MDP/0.1 (RFC 7). A message is a str, bytes, or a list of them. What comes is a
+list of str for a service, and a str or, of several frames, a list for a client; a frame
+that is not UTF-8 stays bytes, and with encoding=None each one does.
+
+As a program: backbone.py request|service --help
+"""
+import asyncio
+import collections
+import inspect
+import os
+import queue
+import signal
+import socket as sockets
+import subprocess
+import sys
+import threading
+import time
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+CLIENT, WORKER = b'MDPC01', b'MDPW01'
+READY, REQUEST, REPLY, HEARTBEAT, DISCONNECT = b'\1', b'\2', b'\3', b'\4', b'\5'
+HEARTBEAT_INTERVAL = 1.0  # seconds, in both directions
+LIVENESS = 5              # heartbeats of silence after which the other side is gone
+DEFAULT_TIMEOUT = 3.0     # seconds
+CANCEL_PATIENCE = 0.5     # seconds, for brokers that know nothing of mmi.cancel
+
+
+class BackboneError(Exception):
+    """A request without success. Its status is the exit status that brequest would have."""
+    status = 1
+
+
+class RequestTimeout(BackboneError):
+    """No reply came in time."""
+    status = 124
+
+
+class NoBroker(RequestTimeout):
+    """No broker was there in time."""
+    status = 69
+
+
+class ConnectionLost(BackboneError):
+    """The connection to the broker broke before the reply."""
+    status = 69
+
+
+class ProtocolError(BackboneError):
+    """What came is no reply."""
+    status = 76
+
+
+class StatusError(BackboneError):
+    """The service failed. Raised by on_request it is what the client gets."""
+
+    def __init__(self, status, stdout=b'', stderr=b''):
+        self.status, self.stdout, self.stderr = status, stdout, stderr
+        super().__init__(_text(stderr).strip() or 'exit status %d' % status)
+
+
+def _bytes(frame):
+    return frame.encode('utf-8', 'surrogateescape') if isinstance(frame, str) else bytes(frame)
+
+
+def _text(frame):
+    return frame if isinstance(frame, str) else bytes(frame).decode('utf-8', 'replace')
+
+
+def _frames(message):
+    """The frames of a message: nothing, one frame, or a list of them."""
+    if message is None:
+        return []
+    if isinstance(message, (str, bytes, bytearray, memoryview)):
+        message = [message]
+    return [_bytes(frame) for frame in message]
+
+
+def _decode(frame, encoding):
+    try:
+        return frame.decode(encoding) if encoding else frame
+    except UnicodeDecodeError:
+        return frame
+
+
+def _endpoint(host, port, broker):
+    if not broker and not host and not port:
+        broker = os.environ.get('BACKBONE_BROKER')
+    if broker:
+        return broker
+    host = host or os.environ.get('BACKBONE_HOST') or '127.0.0.1'
+    port = port or os.environ.get('BACKBONE_PORT') or '5555'
+    return 'tcp://%s:%s' % ('[%s]' % host.strip('[]') if ':' in host else host, port)
+
+
+def _identity(tool):
+    """Printable, telling a person who it is, and never used twice."""
+    return ('%s.%s.%d.%s' % (tool, sockets.gethostname()[:200], os.getpid(), os.urandom(4).hex())).encode()
+
+
+def _dealer(context, endpoint, tool):
+    socket = context.socket(zmq.DEALER)
+    socket.identity = _identity(tool)
+    socket.linger = 0
+    socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 1000
+    socket.ipv6 = '[' in endpoint
+    return socket
+
+
+class BackboneClientMessage:
+    """A request and the reply to it, as they are on a REQ socket."""
+
+    def __init__(self, service, message=None, encoding='utf-8'):
+        self.service, self.message, self.encoding = service, message, encoding
+        self.reply = None
+
+    def serialize(self):
+        return [CLIENT, _bytes(self.service)] + _frames(self.message)
+
+    def parse_reply(self, raw, simplify_short_reply=True):
+        """Returns the frames of the reply, or the one that there is.
+
+        A status reply of failure is raised as a StatusError.
+        """
+        if len(raw) < 2 or raw[0] != CLIENT or raw[1] != _bytes(self.service):
+            raise ProtocolError('bad reply: %r' % (list(raw[:4]),))
+        body = list(raw[2:])
+        status = _status(body)
+        if status is not None:
+            if status.status != 0:
+                raise status
+            body = [status.stdout]
+        body = [_decode(frame, self.encoding) for frame in body]
+        self.reply = body[0] if simplify_short_reply and len(body) == 1 else body
+        return self.reply
+
+    def get_reply(self):
+        return self.reply
+
+    parseReply = parseResponse = parse_response = parse_reply
+    getReply = get_reply
+
+
+def _status(body):
+    """The StatusError that a status reply stands for, or None for data."""
+    if len(body) == 2 and body[0] == b'Error':
+        return StatusError(1, b'', body[1] + b'\n')
+    if len(body) == 3 and body[2].startswith(b'exit status '):
+        number = body[2][len(b'exit status '):]
+        if number.isdigit() and int(number) < 256:
+            return StatusError(int(number), body[0], body[1])
+    return None
+
+
+class _Connection:
+    """A socket for one request at a time, and what becomes of its connection."""
+
+    def __init__(self, context, endpoint):
+        self.socket = _dealer(context, endpoint, 'brequest')
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.connected = self.lost = False
+        self.socket.connect(endpoint)
+
+    def look(self):
+        while self.monitor.poll(0):
+            if recv_monitor_message(self.monitor)['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected = True
+            elif self.connected:
+                self.lost = True
+
+    def close(self):
+        self.socket.disable_monitor()  # first: else ZeroMQ waits for it for ever
+        self.monitor.close(0)
+        self.socket.close(0)
+
+
+class BackboneClient:
+    """Asks services. Requests from several threads at once have a connection each."""
+
+    def __init__(self, *address, host=None, port=None, broker=None, encoding='utf-8'):
+        # (host, port), or with a name before them, as one README of the original has it.
+        given = ([None, None] + list(address))[-2:] if len(address) > 2 else (list(address) + [None, None])[:2]
+        self.host, self.port = given[0] or host, given[1] or port
+        self.endpoint = _endpoint(self.host, self.port, broker)
+        self.encoding = encoding
+        self._idle = collections.deque()
+
+    def get_endpoint(self):
+        return self.endpoint
+
+    getEndpoint = get_endpoint
+
+    def connect(self):
+        """Begins to connect. send does so too, and waits for a broker that is not there yet."""
+        self._idle.append(_Connection(zmq.Context.instance(), self.endpoint))
+        return self
+
+    def disconnect(self):
+        while self._idle:
+            self._idle.pop().close()
+        return self
+
+    def __enter__(self):
+        return self.connect()
+
+    def __exit__(self, *_):
+        self.disconnect()
+
+    def _take(self):
+        while self._idle:
+            connection = self._idle.pop()
+            connection.look()
+            if not connection.lost:
+                return connection
+            connection.close()
+        return _Connection(zmq.Context.instance(), self.endpoint)
+
+    def send(self, service, message=None, timeout=None, on_message=None):
+        """Returns the reply of a service. timeout is in seconds, 0 for none.
+
+        With on_message, which may stand in the place of timeout, it returns at once, and
+        on_message gets the reply, or the exception, in a thread of its own.
+        """
+        if callable(timeout):
+            timeout, on_message = None, timeout
+        if on_message:
+            def ask():
+                try:
+                    reply = self.send(service, message, timeout)
+                except BackboneError as error:
+                    reply = error
+                on_message(reply)
+            threading.Thread(target=ask).start()
+            return None
+        steps = self._ask(service, message, timeout)
+        step = lambda: next(steps)
+        while True:
+            try:
+                waits, patience = step()
+            except StopIteration as end:
+                return end.value
+            try:
+                ready = dict(_poller(waits).poll(patience))
+            except BaseException as error:
+                step = lambda error=error: steps.throw(error)
+            else:
+                step = lambda: steps.send(ready)
+
+    def _ask(self, service, message, timeout):
+        """The steps of a request: yields what to wait for and how many milliseconds, and
+        is sent what is ready."""
+        request = BackboneClientMessage(service, message, self.encoding)
+        timeout = DEFAULT_TIMEOUT if timeout is None else max(0, timeout)
+        end = time.monotonic() + timeout if timeout else None
+        connection = self._take()
+        socket, monitor = connection.socket, connection.monitor
+        try:
+            socket.send_multipart([b''] + request.serialize())
+            while True:
+                left = None if end is None else max(0, end - time.monotonic())
+                ready = yield [socket, monitor], None if left is None else left * 1000 + 1
+                connection.look()
+                # The last words of a broker that stops come before the end of its connection.
+                if socket in ready or connection.lost and socket.poll(0):
+                    reply = socket.recv_multipart()
+                    result = request.parse_reply(reply[1:] if reply[0] == b'' else [])
+                    break
+                if connection.lost:
+                    raise ConnectionLost('lost the broker at %s before its reply' % self.endpoint)
+                if left == 0 and connection.connected:
+                    raise RequestTimeout('no reply from %s within %gs' % (self.endpoint, timeout))
+                if left == 0:
+                    raise NoBroker('no broker at %s within %gs' % (self.endpoint, timeout))
+        except StatusError:
+            self._idle.append(connection)
+            raise
+        except BaseException:
+            if connection.connected and not connection.lost and not request.service.startswith('mmi.'):
+                # It is taken back if it has not begun; the answer tells that this has left.
+                socket.send_multipart([b'', CLIENT, b'mmi.cancel'])
+                yield [socket], CANCEL_PATIENCE * 1000
+            # A late reply cannot be taken for the next one's.
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return result
+
+
+def _poller(waits):
+    poller = zmq.Poller()
+    for socket in waits:
+        poller.register(socket, zmq.POLLIN)
+    return poller
+
+
+class AsyncBackboneClient(BackboneClient):
+    """The same for asyncio: send is awaited, any number of them at once."""
+
+    async def send(self, service, message=None, timeout=None):
+        steps = self._ask(service, message, timeout)
+        step = lambda: next(steps)
+        while True:
+            try:
+                waits, patience = step()
+            except StopIteration as end:
+                return end.value
+            try:
+                ready = await self._poll(waits, patience)
+            except BaseException as error:
+                step = lambda error=error: steps.throw(error)
+            else:
+                step = lambda: steps.send(ready)
+
+    @staticmethod
+    async def _poll(waits, patience):
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        end = None if patience is None else time.monotonic() + patience / 1000
+        for socket in waits:
+            loop.add_reader(socket.fd, woken.set)
+        try:
+            while True:
+                # The descriptors tell only that there is news, which is to be asked for then.
+                woken.clear()
+                ready = dict(_poller(waits).poll(0))
+                left = None if end is None else end - time.monotonic()
+                if ready or left is not None and left <= 0:
+                    return ready
+                try:
+                    await asyncio.wait_for(woken.wait(), left)
+                except asyncio.TimeoutError:
+                    pass
+        finally:
+            for socket in waits:
+                loop.remove_reader(socket.fd)
+
+
+class BackboneService:
+    """Serves a name: on_request(message, reply) is called for one request at a time, in a
+    thread that is not the one which keeps in touch with the broker. It calls reply with
+    the answer, now or later; what it raises goes to the client as a failure."""
+
+    def __init__(self, service, on_request, host=None, port=None, broker=None, encoding='utf-8', log=None):
+        if isinstance(host, dict):
+            host, port, broker = host.get('host'), host.get('port'), host.get('broker')
+        self.service, self.on_request, self.encoding = service, on_request, encoding
+        self.endpoint = _endpoint(host, port, broker)
+        self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
+        self._requests, self._replies = queue.Queue(), queue.Queue()
+        self._woken, self._wake = sockets.socketpair()
+        self._stopping = False
+        self._threads = []
+
+    def get_endpoint(self):
+        return self.endpoint
+
+    getEndpoint = get_endpoint
+
+    def connect(self):
+        """Registers, as soon as a broker is there, and serves in the background."""
+        self._stopping = False
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_in_touch, self._work)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def start(self):
+        """Serves until disconnect is called, from a signal handler perhaps."""
+        self.connect()
+        while self._threads[0].is_alive():
+            self._threads[0].join(1)  # so that signals are handled
+
+    def disconnect(self):
+        """Takes no more requests, and takes its leave after the reply to the last."""
+        self._stopping = True
+        self._ring()
+
+    def _ring(self):
+        self._wake.send(b'.')
+
+    def _work(self):
+        for session, address, body in iter(self._requests.get, None):
+            def reply(message, session=session, address=address):
+                self._replies.put((session, address, _frames(message)))
+                self._ring()
+            try:
+                result = self.on_request([_decode(frame, self.encoding) for frame in body], reply)
+                if inspect.iscoroutine(result):
+                    asyncio.run(result)
+            except StatusError as error:
+                reply([error.stdout, error.stderr, 'exit status %d' % error.status])
+            except Exception as error:
+                reply([b'', '%s: %s\n' % (type(error).__name__, error), 'exit status 1'])
+
+    def _keep_in_touch(self):
+        while not self._stopping:
+            why = self._serve()
+            if not self._stopping:
+                self.log('%s; connecting to %s again' % (why, self.endpoint))
+                time.sleep(HEARTBEAT_INTERVAL / 2)  # one that turns us away is not to be hammered
+        self._requests.put(None)
+
+    def _serve(self):
+        """One registration on a socket of its own, from READY to DISCONNECT. Returns why it ended."""
+        socket = _dealer(zmq.Context.instance(), self.endpoint, 'bservice')
+        socket.connect(self.endpoint)
+        send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
+        poller = _poller([socket, self._woken.fileno()])
+        session, busy, heard, due = object(), False, time.monotonic(), 0
+        why = None
+        send(READY, _bytes(self.service))
+        try:
+            # A session that is over waits for its request nevertheless: one at a time.
+            while busy or not (why or self._stopping):
+                ready = dict(poller.poll(max(0, due - time.monotonic()) * 1000 + 1))
+                now = time.monotonic()
+                if self._woken.fileno() in ready:
+                    self._woken.recv(4096)
+                if socket in ready:
+                    heard = now
+                    kind, rest = _command(socket.recv_multipart())
+                    if kind == DISCONNECT:
+                        why = 'the broker said DISCONNECT'
+                    elif kind == REQUEST and b'' in rest and not busy:
+                        busy, cut = True, rest.index(b'')
+                        self._requests.put((session, rest[:cut + 1], rest[cut + 1:]))
+                while not self._replies.empty():
+                    of, address, body = self._replies.get()
+                    if of is session and busy:  # the first of several, and of no earlier registration
+                        busy = False
+                        if why:
+                            self.log('a reply is lost: ' + why)
+                        else:
+                            send(REPLY, *address, *body)
+                if now >= due:
+                    due = now + HEARTBEAT_INTERVAL
+                    if not why:
+                        send(HEARTBEAT)
+                # Some brokers send no heartbeats to a worker that is busy.
+                if not busy and now - heard > LIVENESS * HEARTBEAT_INTERVAL:
+                    why = 'no heartbeat from the broker'
+            if not why:
+                send(DISCONNECT)
+                socket.linger = 1000
+        except zmq.Again:
+            why = 'the broker takes no messages'
+        finally:
+            socket.close()
+        return why
+
+
+def _command(frames):
+    """The command of a worker's message and what follows it, or None."""
+    frames = frames[1:] if frames and frames[0] == b'' else frames  # which the original may leave out
+    if len(frames) < 2 or frames[0] != WORKER:
+        return None, []
+    return frames[1], frames[2:]
+
+
+class Service(BackboneService):
+    """The name of the original's first README."""
+
+
+class IOLoop:
+    """What the original's callbacks came from. Ours come from threads, so it only waits."""
+
+    @classmethod
+    def instance(cls):
+        return cls()
+
+    def start(self):
+        threading.Event().wait()
+
+
+class CmdService(BackboneService):
+    """Serves a command: runs it with its options and then the message as arguments."""
+
+    def __init__(self, service, cmd, host=None, port=None, options=(), stdin=False, broker=None):
+        self.command = ([cmd] if isinstance(cmd, str) else list(cmd)) + list(options)
+        self.stdin = stdin
+        super().__init__(service, self._run, host, port, broker, encoding=None)
+
+    def _run(self, message, reply):
+        given = message.pop() if self.stdin and message else b''
+        try:
+            done = subprocess.run(self.command + message, input=given, capture_output=True)
+        except FileNotFoundError as error:
+            raise StatusError(127, b'', '%s\n' % error)
+        except (OSError, ValueError) as error:
+            raise StatusError(126, b'', '%s\n' % error)
+        if done.returncode:
+            status = done.returncode if done.returncode > 0 else 128 - done.returncode
+            raise StatusError(status, done.stdout, done.stderr)
+        reply(done.stdout)
+
+
+# From here on: the program.
+
+USAGE = """usage: backbone.py request [FLAGS] NAME [ARG...]
+       backbone.py service [FLAGS] NAME COMMAND [ARG...]
+
+As brequest and bservice, with these of their flags:
+  -t, --timeout DURATION    request: give up after so long; 0 waits for ever (30s)
+  -n, --no-input            request: do not read standard input
+  -0, --null                request: NUL bytes end lines, not newlines
+      --stdin               send, or take, standard input as one last argument
+      --host HOST, --port PORT, --broker ENDPOINT
+  -q, --quiet
+  -h, --help
+"""
+
+TAKES_VALUE = {'--timeout', '--host', '--port', '--broker'}
+SHORT = {'-t': '--timeout', '-n': '--no-input', '-0': '--null', '-q': '--quiet', '-h': '--help'}
+FLAGS = {
+    'request': TAKES_VALUE | {'--no-input', '--null', '--stdin', '--quiet', '--help'},
+    'service': TAKES_VALUE - {'--timeout'} | {'--stdin', '--quiet', '--help'},
+}
+
+
+class Misuse(Exception):
+    pass
+
+
+def parse(verb, words):
+    """The flags, the name and what follows. Flags end at the first bare word after the name."""
+    flags, name, words = {}, None, collections.deque(words)
+    while words:
+        word = words.popleft()
+        if word == '--':
+            name = words.popleft() if name is None and words else name
+            break
+        if not word.startswith('-') or word == '-':
+            if name is not None:
+                words.appendleft(word)
+                break
+            name = word
+            continue
+        flag, equals, value = word.partition('=')
+        flag = SHORT.get(flag, flag)
+        if flag not in FLAGS[verb]:
+            raise Misuse('unknown flag %s\nhint: put -- before arguments that are not for us' % word)
+        if flag in TAKES_VALUE and not equals:
+            if not words:
+                raise Misuse('%s needs a value' % flag)
+            value = words.popleft()
+        flags[flag] = value
+    return flags, name, list(words)
+
+
+def duration(text):
+    units = {'h': 3600, 'm': 60, 's': 1, 'ms': 0.001, '': 1}
+    number = text.rstrip('hms')
+    try:
+        seconds = float(number) * units[text[len(number):]]
+        if 0 <= seconds < float('inf'):
+            return seconds
+    except (ValueError, KeyError):
+        pass
+    raise Misuse('%r is no duration; try 5, 0.5 or 500ms' % text)
+
+
+def request(flags, name, args):
+    message = [os.fsencode(arg) for arg in args]
+    separator = b'\0' if '--null' in flags else b'\n'
+    if '--stdin' in flags:
+        message.append(sys.stdin.buffer.read())
+    elif not message and '--no-input' not in flags and sys.stdin and not sys.stdin.isatty():
+        lines = sys.stdin.buffer.read()
+        message = (lines[:-1] if lines.endswith(separator) else lines).split(separator) if lines else []
+    client = BackboneClient(host=flags.get('--host'), port=flags.get('--port'), broker=flags.get('--broker'), encoding=None)
+    reply = client.send(name, message, duration(flags.get('--timeout', '30')))
+    sys.stdout.buffer.write(reply if isinstance(reply, bytes) else b''.join(frame + separator for frame in reply))
+    sys.stdout.flush()
+
+
+def service(flags, name, command):
+    if not command:
+        raise Misuse('no command for %s' % name)
+    served = CmdService(name, command, flags.get('--host'), flags.get('--port'),
+                        stdin='--stdin' in flags, broker=flags.get('--broker'))
+    if '--quiet' in flags:
+        served.log = lambda text: None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: served.disconnect())
+    served.start()
+
+
+class Signalled(BaseException):
+    pass
+
+
+def main(argv):
+    verb, words = (argv[1:2] or [''])[0], argv[2:]
+    tool = 'backbone.py'
+    try:
+        if verb in ('-h', '--help'):
+            sys.stdout.write(USAGE)
+            return 0
+        if verb not in FLAGS:
+            raise Misuse('request or service?\nhint: backbone.py --help')
+        flags, name, rest = parse(verb, words)
+        if '--help' in flags:
+            sys.stdout.write(USAGE)
+            return 0
+        if not name:
+            raise Misuse('no service name')
+        if verb == 'service':
+            service(flags, name, rest)
+            return 0
+
+        def interrupt(number, _):
+            raise Signalled(number)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        request(flags, name, rest)
+        return 0
+    except Signalled as signalled:
+        number = signalled.args[0]
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    except StatusError as error:
+        sys.stdout.buffer.write(error.stdout)
+        sys.stdout.flush()
+        sys.stderr.buffer.write(error.stderr)
+        return error.status
+    except Misuse as error:
+        for line in str(error).split('\n'):
+            print('%s: %s' % (tool, line), file=sys.stderr)
+        return 64
+    except BackboneError as error:
+        print('%s: %s: %s' % (tool, name, error), file=sys.stderr)
+        return error.status
+    except OSError as error:
+        print('%s: %s' % (tool, error), file=sys.stderr)
+        return 74
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,21 @@
+// A service written with backbone.js that does what its requests say.
+const { BackboneService, StatusError } = require('backbone');
+
+function on_request(message, reply) {
+  const wish = String(message[0]);
+  if (wish === 'fail') throw new StatusError(3, Buffer.from('out\xff', 'latin1'), 'err\n');
+  if (wish === 'throw') return Promise.reject(new RangeError('boom'));
+  if (wish === 'late') {
+    setTimeout(reply, 600, ['late']);
+  } else if (wish === 'block') {
+    const end = Date.now() + 3000;
+    while (Date.now() < end);
+    reply('blocked');
+  } else {
+    reply(message);
+  }
+}
+
+const service = new BackboneService(process.argv[2], on_request, { encoding: null });
+process.on('SIGTERM', () => service.disconnect());
+service.connect();

@@ -1,0 +1,29 @@
+"""A service written with backbone.py that does what its requests say."""
+import signal
+import sys
+import threading
+import time
+
+from backbone import BackboneService, StatusError
+
+
+def on_request(message, reply):
+    wish = message[0] if message else b''
+    if wish == b'fail':
+        raise StatusError(3, b'out\xff', b'err\n')
+    if wish == b'throw':
+        raise ValueError('boom')
+    if wish == b'late':  # and not in this thread
+        threading.Timer(0.6, reply, [[b'late']]).start()
+    elif wish == b'block':
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            pass
+        reply(b'blocked')
+    else:
+        reply(message)
+
+
+service = BackboneService(sys.argv[1], on_request, encoding=None)
+signal.signal(signal.SIGTERM, lambda *_: service.disconnect())
+service.start()
