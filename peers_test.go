@@ -536,6 +536,19 @@ func TestCommandServicesInEveryLanguageBehaveLikeOurs(t *testing.T) {
 	}
 }
 
+func TestSecondReplyIsNobodysInAnyLanguage(t *testing.T) {
+	for _, language := range []string{"python", "javascript"} {
+		t.Run(language, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, "--heartbeat", "1s")
+			s.serve(language)
+			s.expect("peer", []string{"twice"}, "first")
+			s.expect("peer", []string{"late"}, "late")
+			s.expect("peer", []string{"hello"}, "hello")
+		})
+	}
+}
+
 // An rfc7 peer is one of testdata/peers/rfc7_*.py.
 func (s *site) rfc7(name string, args ...string) *exec.Cmd {
 	return s.peer("python", "rfc7_"+name, append([]string{s.endpoint}, args...)...)

@@ -108,7 +108,7 @@ function dealer(endpoint, tool) {
 /** A request and the reply to it, as they are on a REQ socket. */
 class BackboneClientMessage {
   constructor(service, message, { encoding = 'utf8' } = {}) {
-    this.service = service;
+    this.service = String(service);
     this.message = message;
     this.encoding = encoding;
     this.reply = undefined;
@@ -177,7 +177,7 @@ class Connection {
     this.arrival.catch(() => {}); // that the socket was closed
     let timer, aborted;
     const failure = new Promise((_, reject) => {
-      if (timeout > 0 && timeout < Infinity) {
+      if (timeout > 0 && timeout < 2 ** 31) { // beyond that it is 24 days
         timer = setTimeout(() => reject(this.connected
           ? new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`)
           : new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`)), timeout);
@@ -257,7 +257,7 @@ class BackboneClient {
         this._rest(connection);
         throw error;
       }
-      if (connection.connected && !connection.lost && !service.startsWith('mmi.')) {
+      if (connection.connected && !connection.lost && !request.service.startsWith('mmi.')) {
         await connection.cancel().catch(() => {});
       }
       connection.close(); // a late reply cannot be taken for the next one's

@@ -73,7 +73,9 @@ class StatusError(BackboneError):
 
 
 def _bytes(frame):
-    return frame.encode('utf-8', 'surrogateescape') if isinstance(frame, str) else bytes(frame)
+    if isinstance(frame, (bytes, bytearray, memoryview)):
+        return bytes(frame)
+    return str(frame).encode('utf-8', 'surrogateescape')
 
 
 def _text(frame):
@@ -84,9 +86,7 @@ def _frames(message):
     """The frames of a message: nothing, one frame, or a list of them."""
     if message is None:
         return []
-    if isinstance(message, (str, bytes, bytearray, memoryview)):
-        message = [message]
-    return [_bytes(frame) for frame in message]
+    return [_bytes(frame) for frame in (message if isinstance(message, (list, tuple)) else [message])]
 
 
 def _decode(frame, encoding):
@@ -288,7 +288,7 @@ class BackboneClient:
             self._idle.append(connection)
             raise
         except BaseException:
-            if connection.connected and not connection.lost and not request.service.startswith('mmi.'):
+            if connection.connected and not connection.lost and not _bytes(service).startswith(b'mmi.'):
                 # It is taken back if it has not begun; the answer tells that this has left.
                 socket.send_multipart([b'', CLIENT, b'mmi.cancel'])
                 yield [socket], CANCEL_PATIENCE * 1000
@@ -391,9 +391,9 @@ class BackboneService:
         self._wake.send(b'.')
 
     def _work(self):
-        for session, address, body in iter(self._requests.get, None):
-            def reply(message, session=session, address=address):
-                self._replies.put((session, address, _frames(message)))
+        for address, body in iter(self._requests.get, None):
+            def reply(message, address=address):
+                self._replies.put((address, _frames(message)))
                 self._ring()
             try:
                 result = self.on_request([_decode(frame, self.encoding) for frame in body], reply)
@@ -418,12 +418,12 @@ class BackboneService:
         socket.connect(self.endpoint)
         send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
         poller = _poller([socket, self._woken.fileno()])
-        session, busy, heard, due = object(), False, time.monotonic(), 0
-        why = None
+        hand = None  # the address of the request in hand
+        why, heard, due = None, time.monotonic(), 0
         send(READY, _bytes(self.service))
         try:
             # A session that is over waits for its request nevertheless: one at a time.
-            while busy or not (why or self._stopping):
+            while hand or not (why or self._stopping):
                 ready = dict(poller.poll(max(0, due - time.monotonic()) * 1000 + 1))
                 now = time.monotonic()
                 if self._woken.fileno() in ready:
@@ -433,13 +433,14 @@ class BackboneService:
                     kind, rest = _command(socket.recv_multipart())
                     if kind == DISCONNECT:
                         why = 'the broker said DISCONNECT'
-                    elif kind == REQUEST and b'' in rest and not busy:
-                        busy, cut = True, rest.index(b'')
-                        self._requests.put((session, rest[:cut + 1], rest[cut + 1:]))
+                    elif kind == REQUEST and b'' in rest and not hand:
+                        cut = rest.index(b'') + 1
+                        hand, body = rest[:cut], rest[cut:]
+                        self._requests.put((hand, body))
                 while not self._replies.empty():
-                    of, address, body = self._replies.get()
-                    if of is session and busy:  # the first of several, and of no earlier registration
-                        busy = False
+                    address, body = self._replies.get()
+                    if address is hand:  # and no second reply, nor one of an earlier registration
+                        hand = None
                         if why:
                             self.log('a reply is lost: ' + why)
                         else:
@@ -449,7 +450,7 @@ class BackboneService:
                     if not why:
                         send(HEARTBEAT)
                 # Some brokers send no heartbeats to a worker that is busy.
-                if not busy and now - heard > LIVENESS * HEARTBEAT_INTERVAL:
+                if not hand and now - heard > LIVENESS * HEARTBEAT_INTERVAL:
                     why = 'no heartbeat from the broker'
             if not why:
                 send(DISCONNECT)

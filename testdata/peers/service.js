@@ -7,6 +7,9 @@ function on_request(message, reply) {
   if (wish === 'throw') return Promise.reject(new RangeError('boom'));
   if (wish === 'late') {
     setTimeout(reply, 600, ['late']);
+  } else if (wish === 'twice') {
+    reply('first');
+    setTimeout(reply, 300, 'second'); // when the next request is in hand
   } else if (wish === 'block') {
     const end = Date.now() + 3000;
     while (Date.now() < end);

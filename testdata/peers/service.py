@@ -15,6 +15,10 @@ def on_request(message, reply):
         raise ValueError('boom')
     if wish == b'late':  # and not in this thread
         threading.Timer(0.6, reply, [[b'late']]).start()
+    elif wish == b'twice':
+        reply(b'first')
+        time.sleep(0.3)  # until the next request is in hand
+        reply(b'second')
     elif wish == b'block':
         end = time.monotonic() + 3
         while time.monotonic() < end:
