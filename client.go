@@ -118,7 +118,7 @@ func (t *requestTool) Run() error {
 		return err
 	}
 	if t.NoWait {
-		if err := t.insist(endpoint); err != nil {
+		if err := t.requireService(endpoint); err != nil {
 			return err
 		}
 	}
@@ -164,11 +164,11 @@ func (t *requestTool) once(endpoint string) error {
 
 	client, restore := t.client(endpoint)
 	hide := t.watch(client)
-	a := t.insistently(client, body)
+	a := t.ask(client, body)
 	hide()
 	restore()
 	switch {
-	case client.stop.Err() != nil:
+	case a.err != nil && client.stop.Err() != nil:
 		return context.Cause(client.stop)
 	case a.err != nil:
 		return t.explain(client, a)
@@ -186,7 +186,7 @@ func (t *requestTool) once(endpoint string) error {
 
 // watch shows, where somebody looks and it takes long, what a Client waits for.
 func (t *requestTool) watch(client *Client) (hide func()) {
-	line := newStatusLine(t.Quiet, 2*time.Second)
+	line := newStatusLine(t.voice("brequest"), 2*time.Second)
 	begin := time.Now()
 	client.Meanwhile = func() time.Time {
 		return line.show(time.Second, func() string {
@@ -203,8 +203,8 @@ func (t *requestTool) watch(client *Client) (hide func()) {
 	}
 }
 
-// insistently sends a request until it is answered, as often as --retries allows.
-func (t *requestTool) insistently(client *Client, body [][]byte) answer {
+// ask sends a request, and again as often as --retries allows where that may help.
+func (t *requestTool) ask(client *Client, body [][]byte) answer {
 	for tries := 1; tries <= t.Retries; tries++ {
 		a := answerOf(client.Send(t.Name, body, time.Duration(t.Timeout)))
 		if !a.temporary() {
@@ -366,8 +366,8 @@ func (t *requestTool) serveHint() string {
 	return fmt.Sprintf("start it with bservice %s COMMAND, or look at the name", t.Name)
 }
 
-// insist fails where nobody serves the name, as far as the broker can tell.
-func (t *requestTool) insist(endpoint string) error {
+// requireService fails where nobody serves the name, as far as the broker can tell.
+func (t *requestTool) requireService(endpoint string) error {
 	client, restore := t.client(endpoint)
 	defer restore()
 	defer client.Disconnect()
@@ -503,7 +503,7 @@ func (t *requestTool) each(endpoint string) error {
 	debug.SetGCPercent(25)
 
 	stdin, total := readLines(client.stop, os.Stdin, t.separator()[0], client.bell.Ring)
-	status := newStatusLine(t.Quiet, time.Second/2)
+	status := newStatusLine(t.voice("brequest"), time.Second/2)
 	b := &batch{
 		requestTool: t,
 		voice:       t.voice("brequest"),
@@ -618,15 +618,15 @@ func (b *batch) take() {
 			if !b.Unordered {
 				b.held = append(b.held, j)
 			}
-			b.ask(j)
+			b.submit(j)
 		default:
 			return
 		}
 	}
 }
 
-// ask sends the request, for the first time or again.
-func (b *batch) ask(j *job) {
+// submit sends the request, for the first time or again.
+func (b *batch) submit(j *job) {
 	j.tries++
 	r := &call{service: b.Name, body: framesOf(b.Args.with(string(j.line))), timeout: time.Duration(b.Timeout)}
 	b.flying[r] = j
@@ -656,6 +656,7 @@ func (b *batch) finish(j *job, a answer) {
 	j.over, j.output = true, a.output
 	b.done++
 	b.log.add(j, a)
+	b.detail("%s: status %d after %v", printable(j.line), a.status, time.Since(j.begin).Round(time.Millisecond))
 	b.complain(j, a)
 	if b.Unordered {
 		b.print(j)
@@ -698,7 +699,7 @@ func (b *batch) retry() {
 		if now.Before(j.due) {
 			return false
 		}
-		b.ask(j)
+		b.submit(j)
 		return true
 	})
 }
@@ -945,8 +946,8 @@ type statusLine struct {
 	due     time.Time // when to show what is new
 }
 
-func newStatusLine(quiet bool, after time.Duration) *statusLine {
-	watched := !quiet && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
+func newStatusLine(v voice, after time.Duration) *statusLine {
+	watched := !v.quiet && !v.verbose && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
 	return &statusLine{watched: watched, due: time.Now().Add(after)}
 }
 

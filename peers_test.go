@@ -119,9 +119,6 @@ func doWhatItSays(_ string, body [][]byte) [][]byte {
 	case "late":
 		time.Sleep(600 * time.Millisecond)
 		return frames("late")
-	case "block":
-		time.Sleep(3 * time.Second)
-		return frames("blocked")
 	}
 	return body
 }
@@ -379,7 +376,7 @@ func TestHeartbeatsGoOnWhileACallbackBlocksInAnyLanguage(t *testing.T) {
 			s := newSite(t, "--heartbeat", "500ms", "--liveness", "4")
 			s.serve(language)
 			s.expect("peer", []string{"hello"}, "hello")
-			s.expect("peer", []string{"block"}, "blocked")
+			s.expect("peer", []string{"block", "3"}, "blocked")
 			if lost := s.metric("backbone_lost_workers_total"); lost != 0 {
 				t.Errorf("%d workers were lost", lost)
 			}
@@ -531,6 +528,32 @@ func TestCommandServicesInEveryLanguageBehaveLikeOurs(t *testing.T) {
 			args.Process.Signal(syscall.SIGTERM)
 			if err := args.Wait(); err != nil {
 				t.Errorf("SIGTERM ends it with %v", err)
+			}
+		})
+	}
+}
+
+func TestSilentBrokerIsLeftOnlyByTheIdleInAnyLanguage(t *testing.T) {
+	for _, language := range []string{"python", "javascript"} {
+		t.Run(language, func(t *testing.T) {
+			t.Parallel()
+			interpreter(t, language)
+			dir := t.TempDir()
+			s := &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
+			broker := newPeer(t, zmq.ROUTER)
+			if err := broker.Bind(s.endpoint); err != nil {
+				t.Fatal(err)
+			}
+			s.serve(language)
+			worker, ready := broker.next()
+			broker.want(ready, "", "MDPW01", "\x01", "peer")
+			broker.send(worker, "", "MDPW01", "\x02", "client", "", "block", "5.5")
+			same, reply := broker.next()
+			broker.want(append([]string{same}, reply...), worker, "", "MDPW01", "\x03", "client", "", "blocked")
+			other, ready := broker.next()
+			broker.want(ready, "", "MDPW01", "\x01", "peer")
+			if other == worker {
+				t.Error("it registers anew on the same socket")
 			}
 		})
 	}

@@ -11,7 +11,7 @@ function on_request(message, reply) {
     reply('first');
     setTimeout(reply, 300, 'second'); // when the next request is in hand
   } else if (wish === 'block') {
-    const end = Date.now() + 3000;
+    const end = Date.now() + message[1] * 1000;
     while (Date.now() < end);
     reply('blocked');
   } else {

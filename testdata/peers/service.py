@@ -20,7 +20,7 @@ def on_request(message, reply):
         time.sleep(0.3)  # until the next request is in hand
         reply(b'second')
     elif wish == b'block':
-        end = time.monotonic() + 3
+        end = time.monotonic() + float(message[1])
         while time.monotonic() < end:
             pass
         reply(b'blocked')
