@@ -533,6 +533,47 @@ func TestCommandServicesInEveryLanguageBehaveLikeOurs(t *testing.T) {
 	}
 }
 
+func TestLastWordsOfABrokerAreHeardInAnyLanguage(t *testing.T) {
+	for language, program := range map[string][]string{
+		"python": {"-c", `
+import sys
+from backbone import BackboneClient
+for endpoint in sys.argv[1:]:
+    print(BackboneClient(broker=endpoint).send('echo', 'x', 10))`},
+		"javascript": {"-e", `
+const { BackboneClient } = require('backbone');
+(async () => {
+  for (const broker of process.argv.slice(1)) {
+    console.log(await new BackboneClient(null, null, { broker }).send('echo', 'x', 10000));
+  }
+})();`},
+	} {
+		t.Run(language, func(t *testing.T) {
+			t.Parallel()
+			s := &site{t: t, dir: t.TempDir()}
+			want := ""
+			for range 30 {
+				broker, endpoint := bindPeer(t)
+				if err := broker.SetLinger(time.Second); err != nil {
+					t.Fatal(err)
+				}
+				serveOnce(broker, func(request []string) []string {
+					broker.SendMessage(request[0], "", "MDPC01", "echo", "last words")
+					broker.Close()
+					return nil
+				})
+				program = append(program, endpoint)
+				want += "last words\n"
+			}
+			cmd := exec.Command(interpreter(t, language), program...)
+			cmd.Env, cmd.Stderr = s.peerEnv(), os.Stderr
+			if output, err := cmd.Output(); err != nil || string(output) != want {
+				t.Errorf("it prints %q, %v", output, err)
+			}
+		})
+	}
+}
+
 func TestSilentBrokerIsLeftOnlyByTheIdleInAnyLanguage(t *testing.T) {
 	for _, language := range []string{"python", "javascript"} {
 		t.Run(language, func(t *testing.T) {
