@@ -182,7 +182,10 @@ func bind(socket *zmq.Socket, endpoint string) (string, error) {
 		err = socket.Bind(endpoint)
 	}
 	if zmq.AsErrno(err) == zmq.Errno(syscall.ENODEV) {
-		err = socket.Bind(lookUp(endpoint))
+		// ZeroMQ knows addresses and interfaces here, but no names.
+		if address, e := lookUp(context.Background(), endpoint); e == nil {
+			err = socket.Bind(address)
+		}
 	}
 	if err == nil {
 		return socket.GetLastEndpoint()
@@ -212,20 +215,6 @@ func ipcInUse(endpoint string) bool {
 	}
 	conn.Close()
 	return true
-}
-
-// lookUp puts an address in the place of a host name: ZeroMQ does so only where it
-// connects, not where it binds.
-func lookUp(endpoint string) string {
-	host, port, err := net.SplitHostPort(strings.TrimPrefix(endpoint, "tcp://"))
-	if err != nil {
-		return endpoint
-	}
-	address, err := net.ResolveIPAddr("ip", host)
-	if err != nil {
-		return endpoint
-	}
-	return "tcp://" + net.JoinHostPort(address.String(), port)
 }
 
 // removeSockets takes away what ZeroMQ leaves behind of ipc:// endpoints.

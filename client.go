@@ -303,7 +303,11 @@ func answerOf(reply [][]byte, err error) answer {
 	case errors.Is(err, errProtocol):
 		return answer{status: exitProtocol, err: err}
 	}
-	return answer{status: 1, err: err}
+	a := answer{status: 1, err: err}
+	if f := (*failure)(nil); errors.As(err, &f) {
+		a.status = f.status
+	}
+	return a
 }
 
 // temporary tells whether the same request may well have another answer next time.
@@ -939,6 +943,8 @@ func (l *joblog) flush() error {
 	return l.Writer.Flush()
 }
 
+// From here on: what a person at a terminal sees meanwhile.
+
 // A statusLine tells a person at a terminal what goes on, and vanishes.
 type statusLine struct {
 	watched bool
@@ -990,6 +996,8 @@ func (p *printedAbove) Write(data []byte) (int, error) {
 	p.line.hide()
 	return p.Writer.Write(data)
 }
+
+// From here on: the way to the broker and back.
 
 // Client asks services through a broker, one at a time with Send or many at once with
 // Begin and Await. It belongs to one goroutine.
@@ -1052,7 +1060,13 @@ func (c *Client) Connect() error {
 	if c.link != nil {
 		return nil
 	}
-	link, err := dial("brequest", c.endpoint, c.bell)
+	stop := c.stop
+	if !c.due.IsZero() {
+		var cancel context.CancelFunc
+		stop, cancel = context.WithDeadline(stop, c.due)
+		defer cancel()
+	}
+	link, err := dial(stop, "brequest", c.endpoint, c.bell)
 	c.link = link
 	return err
 }
@@ -1363,8 +1377,13 @@ type link struct {
 }
 
 // dial makes a link for the tool that it names in its identity: printable, telling a
-// person who it is, and never used twice.
-func dial(tool, endpoint string, bell *bell, options ...func(*zmq.Socket) error) (*link, error) {
+// person who it is, and never used twice. Looking up the host's name takes no longer than
+// until stop is done.
+func dial(stop context.Context, tool, endpoint string, bell *bell, options ...func(*zmq.Socket) error) (*link, error) {
+	endpoint, err := lookUp(stop, endpoint)
+	if err != nil {
+		return nil, err
+	}
 	socket, err := newSocket(zmq.DEALER)
 	if err != nil {
 		return nil, err

@@ -5,11 +5,13 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"math"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -523,6 +525,33 @@ func setTransport(socket *zmq.Socket, endpoint string) error {
 		socket.SetIpv6(strings.Contains(endpoint, "[")),
 	)
 }
+
+// lookUp puts an address in the place of a host's name. ZeroMQ would do so where it
+// connects, but by glibc's means, which a static binary has not; and it would not tell
+// of a name that there is not.
+func lookUp(ctx context.Context, endpoint string) (string, error) {
+	hostPort, isTCP := strings.CutPrefix(endpoint, "tcp://")
+	host, port, err := net.SplitHostPort(hostPort)
+	// What is malformed, or has a source address, is ZeroMQ's to judge.
+	if !isTCP || err != nil || net.ParseIP(host) != nil || strings.ContainsAny(host, ";*%") {
+		return endpoint, nil
+	}
+	addresses, err := net.DefaultResolver.LookupIPAddr(ctx, host)
+	if dns := (*net.DNSError)(nil); errors.As(err, &dns) {
+		return "", &failure{status: exitUnavailable, err: fmt.Errorf("look up %s: %w", host, noHost(dns.Err)), hint: "is that the name of the broker's host?"}
+	}
+	if err != nil {
+		return "", err
+	}
+	// IPv4 first, as the broker listens unless it is told otherwise.
+	address := addresses[max(0, slices.IndexFunc(addresses, func(a net.IPAddr) bool { return a.IP.To4() != nil }))]
+	return "tcp://" + net.JoinHostPort(address.String(), port), nil
+}
+
+// noHost is why a name has no address, for now at least.
+type noHost string
+
+func (n noHost) Error() string { return string(n) }
 
 // errWouldBlock is what send returns when nothing was sent, for want of a peer that is
 // connected and has read enough of what it got before.

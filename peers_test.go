@@ -152,27 +152,28 @@ func (s *site) asks(language string, timeout float64, bodies ...[]string) []stri
 	s.t.Helper()
 	outcomes := make([]outcome, len(bodies))
 	if language == "go" {
-		var wg sync.WaitGroup
-		for i, body := range bodies {
-			wg.Go(func() {
-				client := NewClient(context.Background(), s.endpoint)
-				defer client.Disconnect()
-				reply, err := client.Send("peer", frames(body...), time.Duration(timeout*float64(time.Second)))
-				o := &outcomes[i]
-				stdout, stderr, status, ok := parseStatusReply(reply)
-				switch {
-				case errors.Is(err, errTimeout):
-					o.Error, o.Status = "RequestTimeout", exitTimeout
-				case err != nil:
-					o.Error, o.Status = err.Error(), 1
-				case ok:
-					*o = outcome{nil, "StatusError", status, hex.EncodeToString(stdout), hex.EncodeToString(stderr)}
-				default:
-					o.Reply = hexes(spell(reply))
-				}
-			})
+		client := newBatchClient(s.t.(*testing.T), s.endpoint)
+		var calls []*call
+		for _, body := range bodies {
+			calls = append(calls, &call{service: "peer", body: frames(body...), timeout: time.Duration(timeout * float64(time.Second))})
+			client.Begin(calls[len(calls)-1])
 		}
-		wg.Wait()
+		awaitAll(s.t.(*testing.T), client, calls)
+		client.Abandon()
+		for i, r := range calls {
+			o := &outcomes[i]
+			stdout, stderr, status, ok := parseStatusReply(r.reply)
+			switch {
+			case errors.Is(r.err, errTimeout):
+				o.Error, o.Status = "RequestTimeout", exitTimeout
+			case r.err != nil:
+				o.Error, o.Status = r.err.Error(), 1
+			case ok:
+				*o = outcome{nil, "StatusError", status, hex.EncodeToString(stdout), hex.EncodeToString(stderr)}
+			default:
+				o.Reply = hexes(spell(r.reply))
+			}
+		}
 	} else {
 		var input bytes.Buffer
 		for _, body := range bodies {
@@ -552,23 +553,27 @@ const { BackboneClient } = require('backbone');
 			t.Parallel()
 			s := &site{t: t, dir: t.TempDir()}
 			want := ""
+			var spoken []<-chan []string
 			for range 30 {
 				broker, endpoint := bindPeer(t)
 				if err := broker.SetLinger(time.Second); err != nil {
 					t.Fatal(err)
 				}
-				serveOnce(broker, func(request []string) []string {
+				spoken = append(spoken, serveOnce(broker, func(request []string) []string {
 					broker.SendMessage(request[0], "", "MDPC01", "echo", "last words")
 					broker.Close()
 					return nil
-				})
+				}))
 				program = append(program, endpoint)
 				want += "last words\n"
 			}
 			cmd := exec.Command(interpreter(t, language), program...)
 			cmd.Env, cmd.Stderr = s.peerEnv(), os.Stderr
 			if output, err := cmd.Output(); err != nil || string(output) != want {
-				t.Errorf("it prints %q, %v", output, err)
+				t.Fatalf("it prints %q, %v", output, err)
+			}
+			for _, came := range spoken {
+				<-came
 			}
 		})
 	}

@@ -215,13 +215,17 @@ func (s *Service) Connect(stop context.Context) error {
 	for stop.Err() == nil {
 		begin := time.Now()
 		why, err := s.serve(stop, bell)
-		if err != nil {
+		unknown := errors.As(err, new(noHost))
+		switch {
+		case err != nil && !unknown:
 			return err
+		case stop.Err() != nil:
+			return nil
+		case unknown:
+			s.miss(begin) // the network may know it soon
+		case why != errMissing:
+			s.note("%s: %v; connecting to %s again", s.Name, why, s.Endpoint)
 		}
-		if stop.Err() != nil {
-			break
-		}
-		s.note("%s: %v; connecting to %s again", s.Name, why, s.Endpoint)
 		// A broker that turns us away at once must not be asked again at once.
 		pause := min(time.Duration(s.Heartbeat), time.Second)
 		select {
@@ -238,7 +242,7 @@ func (s *Service) Connect(stop context.Context) error {
 func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 	// Only a broker that is there gets messages: heartbeats to one that is not would
 	// wait for it, and READY would come too late to be true.
-	link, err := dial("bservice", s.Endpoint, bell, func(socket *zmq.Socket) error { return socket.SetImmediate(true) })
+	link, err := dial(stop, "bservice", s.Endpoint, bell, func(socket *zmq.Socket) error { return socket.SetImmediate(true) })
 	if err != nil {
 		return nil, err
 	}
@@ -415,7 +419,9 @@ func (s *session) Tick(now time.Time) time.Time {
 	}
 	s.due = now.Add(time.Duration(s.Heartbeat))
 	if !s.registered {
-		s.miss(now)
+		if s.miss(now) {
+			s.over = errMissing // its name may have another address by now
+		}
 		return s.due
 	}
 	s.deliver(Message{Kind: KindHeartbeat})
@@ -428,15 +434,21 @@ func (s *session) Tick(now time.Time) time.Time {
 	return s.due
 }
 
-// miss says that no broker is there, once it is not for a heartbeat, and now and then.
-func (s *Service) miss(now time.Time) {
-	switch {
-	case s.missing.IsZero():
+// errMissing is why a session ends for which no broker was there for a while.
+var errMissing = errors.New("no broker is there")
+
+// miss says that no broker is there, once it is not for a heartbeat, and now and then. It
+// returns whether it did.
+func (s *Service) miss(now time.Time) bool {
+	if s.missing.IsZero() {
 		s.missing = now.Add(time.Duration(s.Heartbeat))
-	case !now.Before(s.missing):
-		s.missing = now.Add(30 * time.Second)
-		s.note("%s waits for a broker at %s", s.Name, s.Endpoint)
 	}
+	if now.Before(s.missing) {
+		return false
+	}
+	s.missing = now.Add(30 * time.Second)
+	s.note("%s waits for a broker at %s", s.Name, s.Endpoint)
+	return true
 }
 
 // Lose tells that the connection broke. What was on its way is lost with it, in both
