@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -348,6 +349,19 @@ var { BackboneClient, BackboneClientMessage } = require('backbone');
 var message = new BackboneClientMessage('py', 'x');
 console.log(message.serialize().map(String), message.parseResponse(['MDPC01', 'py', 'y']), message.getReply());
 console.log(new BackboneClient('h', '1').getEndpoint());`, "[ 'MDPC01', 'py', 'x' ] y y\ntcp://h:1\n"},
+		{"javascript", `
+var { BackboneClientMessage } = require('backbone');
+var message = new BackboneClientMessage('s', 'x');
+console.log(message.parseReply(['MDPC01', 's', Buffer.from([0xff])]), message.parseReply(['MDPC01', 's', 'y'], { simply_short_reply: false }));
+try { message.parseReply(['MDPC01', 's', 'Error', 'why']) } catch (error) { console.log(error.name, error.status, String(error.stderr)) }`,
+			"<Buffer ff> [ 'y' ]\nStatusError 1 why\n\n"},
+		{"python", `
+from backbone import BackboneClientMessage, StatusError
+message = BackboneClientMessage('s', 'x')
+print(message.parse_reply([b'MDPC01', b's', b'\xff']), message.parse_reply([b'MDPC01', b's', b'y'], simplify_short_reply=False))
+try: message.parse_reply([b'MDPC01', b's', b'Error', b'why'])
+except StatusError as error: print(error.status, error.stderr)`,
+			"b'\\xff' ['y']\n1 b'why\\n'\n"},
 		{"python", `
 from backbone import BackboneClient, IOLoop
 import os
@@ -374,12 +388,25 @@ func TestHeartbeatsGoOnWhileACallbackBlocksInAnyLanguage(t *testing.T) {
 	for _, language := range []string{"python", "javascript"} {
 		t.Run(language, func(t *testing.T) {
 			t.Parallel()
-			s := newSite(t, "--heartbeat", "500ms", "--liveness", "4")
+			interpreter(t, language)
+			dir := t.TempDir()
+			s := &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
+			broker := newPeer(t, zmq.ROUTER)
+			if err := broker.Bind(s.endpoint); err != nil {
+				t.Fatal(err)
+			}
 			s.serve(language)
-			s.expect("peer", []string{"hello"}, "hello")
-			s.expect("peer", []string{"block", "3"}, "blocked")
-			if lost := s.metric("backbone_lost_workers_total"); lost != 0 {
-				t.Errorf("%d workers were lost", lost)
+			worker, _ := broker.next()
+			broker.send(worker, "", "MDPW01", "\x02", "client", "", "block", "3")
+			heartbeats := 0
+			message := broker.recv()
+			for slices.Equal(message[1:], heartbeatFrames) {
+				heartbeats++
+				message = broker.recv()
+			}
+			broker.want(message, worker, "", "MDPW01", "\x03", "client", "", "blocked")
+			if heartbeats < 2 {
+				t.Errorf("%d heartbeats came in three seconds", heartbeats)
 			}
 		})
 	}
