@@ -898,11 +898,7 @@ func (b *Broker) sorted() []*service {
 func (b *Broker) table() []byte {
 	out := []byte("service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n")
 	for _, s := range b.sorted() {
-		name := s.name
-		if quoted := strconv.Quote(name); quoted != `"`+name+`"` {
-			name = quoted
-		}
-		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", name, s.workers, s.idle.Len(), s.waiting.Len(),
+		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting.Len(),
 			s.workers-s.idle.Len(), s.tally.counts[replies], s.tally.counts[failures])
 	}
 	return out

@@ -303,11 +303,7 @@ func answerOf(reply [][]byte, err error) answer {
 	case errors.Is(err, errProtocol):
 		return answer{status: exitProtocol, err: err}
 	}
-	a := answer{status: 1, err: err}
-	if f := (*failure)(nil); errors.As(err, &f) {
-		a.status = f.status
-	}
-	return a
+	return answer{status: failureOf(err).status, err: err}
 }
 
 // temporary tells whether the same request may well have another answer next time.
@@ -573,9 +569,6 @@ func (b *batch) run() error {
 			return err
 		}
 		ended, err := b.client.Await(earlier(b.nextTry(), b.status.show(time.Second/5, b.progress)))
-		if err != nil {
-			return err
-		}
 		for _, r := range ended {
 			b.end(r)
 		}
@@ -585,6 +578,9 @@ func (b *batch) run() error {
 			b.status.hide()
 			b.note("%s: %s, %d given up", b.Name, b.tally(), b.read-b.skipped-b.done)
 			return context.Cause(b.client.stop)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	b.client.Abandon() // nothing but what was not answered about those given up
@@ -660,7 +656,7 @@ func (b *batch) finish(j *job, a answer) {
 	j.over, j.output = true, a.output
 	b.done++
 	b.log.add(j, a)
-	b.detail("%s: status %d after %v", printable(j.line), a.status, time.Since(j.begin).Round(time.Millisecond))
+	b.detail("%s: status %d after %v", j.subject(), a.status, time.Since(j.begin).Round(time.Millisecond))
 	b.complain(j, a)
 	if b.Unordered {
 		b.print(j)
@@ -743,7 +739,7 @@ func (b *batch) complain(j *job, a answer) {
 	if a.status != 0 || len(a.stderr) > 0 {
 		b.status.hide()
 	}
-	subject := printable(j.line)
+	subject := j.subject()
 	switch {
 	case a.err != nil:
 		b.say("%s: %v", subject, a.err)
@@ -760,13 +756,10 @@ func (b *batch) complain(j *job, a answer) {
 	}
 }
 
-// printable is a line as far as a message can have it.
-func printable(line []byte) string {
+// subject is the line of a job as far as a message can have it.
+func (j *job) subject() string {
 	const length = 60
-	text := string(line)
-	if quoted := strconv.Quote(text); quoted != `"`+text+`"` {
-		text = quoted
-	}
+	text := printable(string(j.line))
 	if len(text) > length {
 		text = strings.ToValidUTF8(text[:length], "") + "..."
 	}
@@ -1038,6 +1031,9 @@ type call struct {
 	err         error
 }
 
+// mayWait tells whether a broker may keep it for later: its own services answer at once.
+func (r *call) mayWait() bool { return !strings.HasPrefix(r.service, mmiPrefix) }
+
 var (
 	errNoBroker  = errors.New("no broker")
 	errLost      = errors.New("lost the broker")
@@ -1177,7 +1173,7 @@ func (c *Client) waitsAtBroker() bool {
 		return false
 	}
 	for _, r := range c.flying {
-		if !strings.HasPrefix(r.service, mmiPrefix) {
+		if r.mayWait() {
 			return true
 		}
 	}
@@ -1352,7 +1348,7 @@ func (c *Client) expire(now time.Time) {
 	}
 	c.waiting = slices.DeleteFunc(c.waiting, over)
 	for _, r := range c.inOrder() {
-		if over(r) && !strings.HasPrefix(r.service, mmiPrefix) {
+		if over(r) && r.mayWait() {
 			c.cancel(r.correlation)
 		}
 	}

@@ -368,10 +368,9 @@ func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *te
 		t.Fatal(err)
 	}
 	next := begin(client, 0, "c")
-	go func() {
-		request := again.recv()
-		again.send(request[0], request[1], "", "MDPC01", "echo", "here")
-	}()
+	serveOnce(again, func(request []string) []string {
+		return []string{request[0], request[1], "", "MDPC01", "echo", "here"}
+	})
 	awaitAll(t, client, next)
 	again.want(spell(next[0].reply), "here")
 }
@@ -381,10 +380,9 @@ func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
 	client := newBatchClient(t, endpoint)
 	ask := func(broker peer) {
 		calls := begin(client, 0, "a")
-		go func() {
-			request := broker.recv()
-			broker.send(request[0], request[1], "", "MDPC01", "echo", "here")
-		}()
+		serveOnce(broker, func(request []string) []string {
+			return []string{request[0], request[1], "", "MDPC01", "echo", "here"}
+		})
 		awaitAll(t, client, calls)
 		broker.want(spell(calls[0].reply), "here")
 	}
@@ -422,10 +420,9 @@ func TestWhatTimedOutWithoutABrokerIsNotSentToOneThatComes(t *testing.T) {
 	if err := late.Bind(endpoint); err != nil {
 		t.Fatal(err)
 	}
-	go func() {
-		request := late.recv()
-		late.send(request[0], request[1], "", "MDPC01", "echo", "reply to "+request[5])
-	}()
+	serveOnce(late, func(request []string) []string {
+		return []string{request[0], request[1], "", "MDPC01", "echo", "reply to " + request[5]}
+	})
 	awaitAll(t, client, patient)
 	late.want(spell(patient[0].reply), "reply to patient")
 }
@@ -434,10 +431,9 @@ func TestBrokerThatKnowsNoAddressStacksIsFoundOut(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
 	calls := begin(client, 0, "a", "b")
-	go func() {
-		request := broker.recv()
-		broker.send(request[0], "", "MDPC01", "echo", "whose?")
-	}()
+	serveOnce(broker, func(request []string) []string {
+		return []string{request[0], "", "MDPC01", "echo", "whose?"}
+	})
 	awaitAll(t, client, calls)
 	for _, r := range calls {
 		if !errors.Is(r.err, errProtocol) || !errors.Is(r.err, errNoCorrelation) {

@@ -107,10 +107,15 @@ type site struct {
 	broker        *running
 }
 
+// bareSite has no broker yet.
+func bareSite(t testing.TB) *site {
+	dir := t.TempDir()
+	return &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
+}
+
 func newSite(t testing.TB, flags ...string) *site {
 	t.Helper()
-	dir := t.TempDir()
-	s := &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
+	s := bareSite(t)
 	s.broker = s.start("bbroker", append([]string{"--heartbeat", "100ms"}, flags...)...)
 	return s
 }

@@ -243,6 +243,15 @@ func (f *failure) Error() string {
 
 func (f *failure) Unwrap() error { return f.err }
 
+// failureOf is the failure that an error is, or else one of status 1.
+func failureOf(err error) *failure {
+	var f *failure
+	if !errors.As(err, &f) {
+		f = &failure{status: 1, err: err}
+	}
+	return f
+}
+
 // misuse is the failure of wrong usage, with a hint at the right one.
 func misuse(hint, format string, args ...any) error {
 	return &failure{status: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
@@ -253,10 +262,7 @@ func report(name string, err error) int {
 	if err == nil {
 		return 0
 	}
-	var f *failure
-	if !errors.As(err, &f) {
-		f = &failure{status: 1, err: err}
-	}
+	f := failureOf(err)
 	v := voice{tool: name}
 	if f.err != nil {
 		v.say("%v", err)
@@ -295,6 +301,14 @@ func (v voice) detail(format string, args ...any) {
 	if v.verbose {
 		v.say(format, args...)
 	}
+}
+
+// printable is a text as it is, or quoted where it would break a line or hide something.
+func printable(text string) string {
+	if quoted := strconv.Quote(text); quoted != `"`+text+`"` {
+		return quoted
+	}
+	return text
 }
 
 // output writes data, for scripts.

@@ -111,8 +111,8 @@ def _identity(tool):
     return ('%s.%s.%d.%s' % (tool, sockets.gethostname()[:200], os.getpid(), os.urandom(4).hex())).encode()
 
 
-def _dealer(context, endpoint, tool):
-    socket = context.socket(zmq.DEALER)
+def _dealer(endpoint, tool):
+    socket = zmq.Context.instance().socket(zmq.DEALER)
     socket.identity = _identity(tool)
     socket.linger = 0
     socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 1000
@@ -168,8 +168,8 @@ def _status(body):
 class _Connection:
     """A socket for one request at a time, and what becomes of its connection."""
 
-    def __init__(self, context, endpoint):
-        self.socket = _dealer(context, endpoint, 'brequest')
+    def __init__(self, endpoint):
+        self.socket = _dealer(endpoint, 'brequest')
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self.connected = self.lost = False
         self.socket.connect(endpoint)
@@ -205,7 +205,7 @@ class BackboneClient:
 
     def connect(self):
         """Begins to connect. send does so too, and waits for a broker that is not there yet."""
-        self._idle.append(_Connection(zmq.Context.instance(), self.endpoint))
+        self._idle.append(_Connection(self.endpoint))
         return self
 
     def disconnect(self):
@@ -226,7 +226,7 @@ class BackboneClient:
             if not connection.lost:
                 return connection
             connection.close()
-        return _Connection(zmq.Context.instance(), self.endpoint)
+        return _Connection(self.endpoint)
 
     def send(self, service, message=None, timeout=None, on_message=None):
         """Returns the reply of a service. timeout is in seconds, 0 for none.
@@ -245,23 +245,16 @@ class BackboneClient:
                 on_message(reply)
             threading.Thread(target=ask).start()
             return None
-        steps = self._ask(service, message, timeout)
-        step = lambda: next(steps)
-        while True:
-            try:
-                waits, patience = step()
-            except StopIteration as end:
-                return end.value
-            try:
-                ready = dict(_poller(waits).poll(patience))
-            except BaseException as error:
-                step = lambda error=error: steps.throw(error)
-            else:
-                step = lambda: steps.send(ready)
+        try:
+            self._ask(service, message, timeout).send(None)  # to its end, since _poll blocks
+        except StopIteration as end:
+            return end.value
 
-    def _ask(self, service, message, timeout):
-        """The steps of a request: yields what to wait for and how many milliseconds, and
-        is sent what is ready."""
+    async def _poll(self, waits, patience):
+        """What of the sockets is readable, within so many milliseconds."""
+        return dict(_poller(waits).poll(patience))
+
+    async def _ask(self, service, message, timeout):
         request = BackboneClientMessage(service, message, self.encoding)
         timeout = DEFAULT_TIMEOUT if timeout is None else max(0, timeout)
         end = time.monotonic() + timeout if timeout else None
@@ -271,7 +264,7 @@ class BackboneClient:
             socket.send_multipart([b''] + request.serialize())
             while True:
                 left = None if end is None else max(0, end - time.monotonic())
-                ready = yield [socket, monitor], None if left is None else left * 1000 + 1
+                ready = await self._poll([socket, monitor], None if left is None else left * 1000 + 1)
                 connection.look()
                 # The last words of a broker that stops come before the end of its connection.
                 if socket in ready or connection.lost and socket.poll(0):
@@ -291,7 +284,7 @@ class BackboneClient:
             if connection.connected and not connection.lost and not _bytes(service).startswith(b'mmi.'):
                 # It is taken back if it has not begun; the answer tells that this has left.
                 socket.send_multipart([b'', CLIENT, b'mmi.cancel'])
-                yield [socket], CANCEL_PATIENCE * 1000
+                await self._poll([socket], CANCEL_PATIENCE * 1000)
             # A late reply cannot be taken for the next one's.
             connection.close()
             raise
@@ -310,22 +303,9 @@ class AsyncBackboneClient(BackboneClient):
     """The same for asyncio: send is awaited, any number of them at once."""
 
     async def send(self, service, message=None, timeout=None):
-        steps = self._ask(service, message, timeout)
-        step = lambda: next(steps)
-        while True:
-            try:
-                waits, patience = step()
-            except StopIteration as end:
-                return end.value
-            try:
-                ready = await self._poll(waits, patience)
-            except BaseException as error:
-                step = lambda error=error: steps.throw(error)
-            else:
-                step = lambda: steps.send(ready)
+        return await self._ask(service, message, timeout)
 
-    @staticmethod
-    async def _poll(waits, patience):
+    async def _poll(self, waits, patience):
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         end = None if patience is None else time.monotonic() + patience / 1000
         for socket in waits:
@@ -414,7 +394,7 @@ class BackboneService:
 
     def _serve(self):
         """One registration on a socket of its own, from READY to DISCONNECT. Returns why it ended."""
-        socket = _dealer(zmq.Context.instance(), self.endpoint, 'bservice')
+        socket = _dealer(self.endpoint, 'bservice')
         socket.connect(self.endpoint)
         send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
         poller = _poller([socket, self._woken.fileno()])
