@@ -135,7 +135,7 @@ func (t *brokerTool) Run() error {
 }
 
 // listen returns a ROUTER that is bound to the endpoints, and what it is bound to.
-func listen(endpoints []string, maxMessage size) (*zmq.Socket, []string, error) {
+func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
 	socket, err := newSocket(zmq.ROUTER)
 	if err != nil {
 		return nil, nil, err
@@ -153,6 +153,7 @@ func listen(endpoints []string, maxMessage size) (*zmq.Socket, []string, error) 
 		socket.SetMaxmsgsize(int64(maxMessage)),
 		socket.SetBacklog(1024),
 		socket.SetLinger(time.Second),
+		socket.watch(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
 	)
 	if err != nil {
 		socket.Close()
@@ -173,7 +174,7 @@ func listen(endpoints []string, maxMessage size) (*zmq.Socket, []string, error) 
 
 // bind returns the endpoint that the socket is really bound to: port 0 has become
 // a port.
-func bind(socket *zmq.Socket, endpoint string) (string, error) {
+func bind(socket *socket, endpoint string) (string, error) {
 	if err := setTransport(socket, endpoint); err != nil {
 		return "", fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
@@ -228,21 +229,11 @@ func removeSockets(endpoints []string) {
 
 // serve is the loop around a Broker: it owns the socket and the clock. Once stop is
 // done it drains the broker, for as long as grace at most, and returns nil.
-func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
+func serve(stop context.Context, socket *socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
 	bell := newBell()
 	defer context.AfterFunc(stop, bell.Ring)()
-	unwatch, err := watch(socket, bell.Ring)
-	if err != nil {
-		return err
-	}
-	defer unwatch()
-	monitor, err := newMonitor(socket, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, bell)
-	if err != nil {
-		return err
-	}
-	defer monitor.Close()
 
-	broker := NewBroker(rules, time.Now(), func(frames [][]byte) error { return send(socket, frames) }, log)
+	broker := NewBroker(rules, time.Now(), socket.send, log)
 	var end time.Time // of the grace, once it has begun
 	for {
 		now := time.Now()
@@ -260,22 +251,22 @@ func serve(stop context.Context, socket *zmq.Socket, rules brokerRules, grace ti
 				deadline = end
 			}
 		}
-		readable, err := bell.Wait(socket, deadline)
+		message, news, err := bell.Wait(socket, deadline)
 		if err != nil {
 			return err
 		}
-		for more := monitor.news(); more; {
-			event, err := monitor.next()
+		for news {
+			event, err := socket.event()
 			if err != nil {
 				return err
 			}
-			if more = event != 0; more {
+			if news = event != 0; news {
 				broker.warn("handshake", "a connection that does not speak ZeroMQ, or gave up")
 			}
 		}
 		// A flood of messages must not keep the heartbeats from going out.
-		for n := 0; readable && n < 1000; n++ {
-			frames, err := receive(socket)
+		for n := 0; message && n < 1000; n++ {
+			frames, err := socket.receive()
 			if err != nil {
 				return err
 			}

@@ -1061,7 +1061,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 	}
 	defer socket.Close()
 	socket.SetRcvtimeo(10 * time.Second)
-	broker := NewBroker(testRules, time.Now(), func(frames [][]byte) error { return send(socket, frames) },
+	broker := NewBroker(testRules, time.Now(), socket.send,
 		slog.New(slog.DiscardHandler))
 	take := func(n int) {
 		for i := range n {

@@ -1062,7 +1062,7 @@ func (c *Client) Connect() error {
 		stop, cancel = context.WithDeadline(stop, c.due)
 		defer cancel()
 	}
-	link, err := dial(stop, "brequest", c.endpoint, c.bell)
+	link, err := dial(stop, "brequest", c.endpoint)
 	c.link = link
 	return err
 }
@@ -1123,6 +1123,9 @@ func (c *Client) Begin(r *call) {
 // requests that ended. Where that of a plain client failed, it is taken back and the
 // client not connected any more. An error is that of ZeroMQ, and final.
 func (c *Client) Await(until time.Time) ([]*call, error) {
+	if len(c.ended) > 0 {
+		until = time.Now() // those were cancelled since the last time
+	}
 	if err := c.step(until); err != nil {
 		return nil, err
 	}
@@ -1183,26 +1186,29 @@ func (c *Client) waitsAtBroker() bool {
 // step waits, once, and does what there is to do then.
 func (c *Client) step(until time.Time) error {
 	if c.link == nil && len(c.waiting) == 0 {
-		c.bell.Rest(until)
-		return nil
+		_, _, err := c.bell.Wait(nil, until)
+		return err
 	}
 	if err := c.Connect(); err != nil {
 		return err
 	}
 	freeIfLarge(c.flush())
-	readable, err := c.bell.Wait(c.link.Socket, earlier(c.due, until))
+	if c.link.lost {
+		until = time.Now()
+	}
+	message, news, err := c.bell.Wait(c.link.socket, earlier(c.due, until))
 	if err != nil {
 		return err
 	}
 	now := time.Now()
 	expired := !c.due.IsZero() && !now.Before(c.due)
-	if expired || c.link.monitor.news() {
+	if expired || news {
 		if err := c.link.Look(); err != nil {
 			return err
 		}
 	}
-	for c.link != nil && (readable || c.link.lost) {
-		frames, err := receive(c.link.Socket)
+	for c.link != nil && (message || c.link.lost) {
+		frames, err := c.link.receive()
 		if err != nil {
 			return err
 		}
@@ -1239,10 +1245,7 @@ func (c *Client) flush() (unneeded size) {
 			unneeded += sizeOf(r.body)
 			r.body = nil
 		}
-		if err != nil {
-			c.link.lost = true
-			c.bell.Ring()
-		}
+		c.link.lost = err != nil
 	}
 	return unneeded
 }
@@ -1252,7 +1255,7 @@ func (c *Client) send(service string, body [][]byte, correlation string) error {
 	if correlation != "" {
 		m.Address = [][]byte{[]byte(correlation)}
 	}
-	return send(c.link.Socket, m.Frames())
+	return c.link.send(m.Frames())
 }
 
 func (c *Client) cancel(correlation string) {
@@ -1305,7 +1308,6 @@ func (c *Client) end(r *call, reply [][]byte, err error) {
 	delete(c.flying, r.correlation)
 	r.ended, r.reply, r.err = true, reply, err
 	c.ended = append(c.ended, r)
-	c.bell.Ring() // for an Await that comes later
 }
 
 // lose ends the requests in flight, if there are any, and with them the connection.
@@ -1365,9 +1367,7 @@ func earlier(a, b time.Time) time.Time {
 // A link is a connection to a broker, which ZeroMQ makes and makes again by itself,
 // and what it tells of that. It belongs to one goroutine.
 type link struct {
-	*zmq.Socket
-	monitor   *monitor
-	unwatch   func()
+	*socket
 	connected bool // the broker is there
 	lost      bool // it was, and the connection broke
 }
@@ -1375,7 +1375,7 @@ type link struct {
 // dial makes a link for the tool that it names in its identity: printable, telling a
 // person who it is, and never used twice. Looking up the host's name takes no longer than
 // until stop is done.
-func dial(stop context.Context, tool, endpoint string, bell *bell, options ...func(*zmq.Socket) error) (*link, error) {
+func dial(stop context.Context, tool, endpoint string, options ...func(*socket) error) (*link, error) {
 	endpoint, err := lookUp(stop, endpoint)
 	if err != nil {
 		return nil, err
@@ -1384,8 +1384,6 @@ func dial(stop context.Context, tool, endpoint string, bell *bell, options ...fu
 	if err != nil {
 		return nil, err
 	}
-	l := &link{Socket: socket}
-
 	host, _ := os.Hostname()
 	identity := fmt.Sprintf("%s.%.200s.%d.%08x", tool, host, os.Getpid(), rand.Uint32())
 	err = errors.Join(
@@ -1402,28 +1400,22 @@ func dial(stop context.Context, tool, endpoint string, bell *bell, options ...fu
 	for _, option := range options {
 		err = errors.Join(err, option(socket))
 	}
-	if err == nil {
-		l.unwatch, err = watch(socket, bell.Ring)
-	}
-	if err == nil {
-		l.monitor, err = newMonitor(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED, bell)
-	}
-	if err != nil {
-		l.Close()
+	if err = errors.Join(err, socket.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED)); err != nil {
+		socket.Close()
 		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
 	if err := socket.Connect(endpoint); err != nil {
-		l.Close()
+		socket.Close()
 		return nil, misuse(endpointHint, "connect %s: %w", endpoint, err)
 	}
-	return l, nil
+	return &link{socket: socket}, nil
 }
 
 // Look reads what happened to the connection. A message that came before it broke can
 // still be received afterwards.
 func (l *link) Look() error {
 	for {
-		event, err := l.monitor.next()
+		event, err := l.event()
 		switch {
 		case err != nil || event == 0:
 			return err
@@ -1433,14 +1425,4 @@ func (l *link) Look() error {
 			l.connected, l.lost = false, true
 		}
 	}
-}
-
-func (l *link) Close() {
-	if l.unwatch != nil {
-		l.unwatch()
-	}
-	if l.monitor != nil {
-		l.monitor.Close()
-	}
-	l.Socket.Close()
 }

@@ -1,33 +1,145 @@
 package main
 
-// Sockets of ZeroMQ, as the three tools use them.
+// Sockets of ZeroMQ, as the three tools use them: a message is one call into C, a wait is
+// another. With a call for each property of each frame, calling would cost a broker more
+// than all that it does.
+
+/*
+#cgo pkg-config: libzmq
+#cgo nocallback await
+#cgo noescape await
+#cgo nocallback put
+#cgo noescape put
+#cgo nocallback take
+#cgo noescape take
+#cgo nocallback drop
+#cgo noescape drop
+#include <errno.h>
+#include <poll.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <unistd.h>
+#include <zmq.h>
+
+enum { ROOM = 16 };
+
+// An inbox holds frames of one message, all of them or as many as there is room for.
+typedef struct {
+	zmq_msg_t frames[ROOM];
+	struct { void *data; size_t size; } parts[ROOM];
+	int count, more;
+} inbox;
+
+// take receives frames of a message, and returns 0 or what errno is.
+static int take(uintptr_t socket, inbox *in) {
+	for (in->count = 0, in->more = 1; in->more && in->count < ROOM; in->count++) {
+		zmq_msg_t *frame = &in->frames[in->count];
+		zmq_msg_init(frame);
+		while (zmq_msg_recv(frame, (void *)socket, ZMQ_DONTWAIT) == -1)
+			if (errno != EINTR)
+				return errno;
+		in->parts[in->count].data = zmq_msg_data(frame);
+		in->parts[in->count].size = zmq_msg_size(frame);
+		in->more = zmq_msg_more(frame);
+	}
+	return 0;
+}
+
+static void drop(inbox *in) {
+	for (; in->count > 0; in->count--)
+		zmq_msg_close(&in->frames[in->count - 1]);
+}
+
+// put sends frames that lie one after the other, with or without more to follow, and
+// returns 0 or what errno is: negative when a frame had been sent before.
+static int put(uintptr_t socket, const char *data, const size_t *sizes, int count, int more) {
+	for (int i = 0; i < count; data += sizes[i++]) {
+		int flags = ZMQ_DONTWAIT | (more || i < count - 1 ? ZMQ_SNDMORE : 0);
+		while (zmq_send((void *)socket, data, sizes[i], flags) == -1)
+			if (errno != EINTR)
+				return i == 0 ? errno : -errno;
+	}
+	return 0;
+}
+
+enum { MESSAGE = 1, NEWS = 2, RING = 4 };
+
+// await waits for a message, for news of the monitor and for the bell, so many
+// milliseconds. socket is 0 where there is none, or nothing to ask it. It returns what there may be, or what errno is as a negative number.
+static int await(uintptr_t socket, int fd, int monitor, int bell, int timeout) {
+	struct pollfd fds[] = {{fd, POLLIN, 0}, {monitor, POLLIN, 0}, {bell, POLLIN, 0}};
+	int events = 0, there = 0;
+	size_t size = sizeof events;
+	char ring;
+
+	// The descriptor does not tell of what was there before.
+	while (socket && zmq_getsockopt((void *)socket, ZMQ_EVENTS, &events, &size) == -1)
+		if (errno != EINTR)
+			return -errno;
+	if (poll(fds, 3, events & ZMQ_POLLIN ? 0 : timeout) == -1)
+		return errno == EINTR ? 0 : -errno;
+	if (events & ZMQ_POLLIN || fds[0].revents)
+		there |= MESSAGE;
+	if (fds[1].revents)
+		there |= NEWS;
+	if (fds[2].revents && read(bell, &ring, 1) == 1)
+		there |= RING;
+	return there;
+}
+*/
+import "C"
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	zmq "github.com/pebbe/zmq4"
 )
 
-func newSocket(kind zmq.Type) (*zmq.Socket, error) {
-	socket, err := zmq.NewSocket(kind)
+// A socket is one of ZeroMQ and, perhaps, a monitor of what happens to its connections. It
+// belongs to one goroutine.
+type socket struct {
+	*zmq.Socket
+	handle C.uintptr_t // what zmq.Socket keeps to itself
+	fd     C.int       // readable when there is news
+	in     *C.inbox
+	flat   []byte // frames on their way out
+	dry    bool   // nothing to receive, until the descriptor tells of news
+
+	monitor   *zmq.Socket
+	monitorFd C.int
+}
+
+func newSocket(kind zmq.Type) (*socket, error) {
+	opened, err := zmq.NewSocket(kind)
 	if err != nil {
 		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
 	}
-	return socket, nil
+	s := &socket{Socket: opened, in: (*C.inbox)(C.calloc(1, C.sizeof_inbox)), monitorFd: -1}
+	s.handle = C.uintptr_t(reflect.ValueOf(opened).Elem().FieldByName("soc").Pointer())
+	fd, err := opened.GetFd()
+	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
+	}
+	s.fd = C.int(fd)
+	return s, nil
 }
 
 // setTransport sets what both ends of a connection want.
-func setTransport(socket *zmq.Socket, endpoint string) error {
+func setTransport(socket *socket, endpoint string) error {
 	return errors.Join(
 		// Hosts vanish without a word; keepalive finds out within two minutes.
 		socket.SetTcpKeepalive(1),
@@ -71,77 +183,88 @@ func (n noHost) Error() string { return string(n) }
 var errWouldBlock = errors.New("it takes no messages")
 
 // send sends a message, without waiting.
-func send(socket *zmq.Socket, frames [][]byte) error {
-	for i, frame := range frames {
-		flags := zmq.DONTWAIT
-		if i < len(frames)-1 {
-			flags |= zmq.SNDMORE
+func (s *socket) send(frames [][]byte) error {
+	s.dry = false // to send is to take note of news, too
+	for first := true; len(frames) > 0; first = false {
+		// Short frames go together, at the price of a copy, and a long one by itself.
+		const short = 16 << 10
+		var sizes [C.ROOM]C.size_t
+		data, n := frames[0], 1
+		sizes[0] = C.size_t(len(data))
+		if len(data) < short {
+			s.flat = append(s.flat[:0], data...)
+			for ; n < min(len(frames), C.ROOM) && len(s.flat)+len(frames[n]) < short; n++ {
+				s.flat = append(s.flat, frames[n]...)
+				sizes[n] = C.size_t(len(frames[n]))
+			}
+			data = s.flat
 		}
-		_, err := socket.SendBytes(frame, flags)
+		frames = frames[n:]
+		more := C.int(min(1, len(frames)))
+		failed := C.put(s.handle, (*C.char)(unsafe.Pointer(unsafe.SliceData(data))), &sizes[0], C.int(n), more)
 		switch {
-		case i == 0 && wouldBlock(err):
+		case first && failed == C.EAGAIN:
 			return errWouldBlock
-		case err != nil:
+		case failed != 0:
 			// In the midst of a message this is a lost connection. ZeroMQ now drops
 			// frames up to the next end of a message: the socket is of no more use.
-			return fmt.Errorf("send: %w", err)
+			return fmt.Errorf("send: %w", zmq.Errno(max(failed, -failed)))
 		}
 	}
 	return nil
 }
 
 // receive returns the next message, or nil when there is none yet.
-func receive(socket *zmq.Socket) ([][]byte, error) {
-	frames, err := socket.RecvMessageBytes(zmq.DONTWAIT)
-	if wouldBlock(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("receive: %w", err)
+func (s *socket) receive() (frames [][]byte, err error) {
+	for more := true; more; {
+		failed := C.take(s.handle, s.in)
+		if failed != 0 {
+			C.drop(s.in)
+			if failed == C.EAGAIN && frames == nil {
+				s.dry = true
+				return nil, nil
+			}
+			return nil, fmt.Errorf("receive: %w", zmq.Errno(failed))
+		}
+		parts := s.in.parts[:s.in.count]
+		length := 0
+		for _, part := range parts {
+			length += int(part.size)
+		}
+		data := make([]byte, length)
+		frames = slices.Grow(frames, len(parts))
+		for _, part := range parts {
+			n := copy(data, unsafe.Slice((*byte)(part.data), part.size))
+			frames = append(frames, data[:n:n])
+			data = data[n:]
+		}
+		more = s.in.more != 0
+		C.drop(s.in)
 	}
 	return frames, nil
 }
 
-// wouldBlock tells whether a call with DONTWAIT failed since it could not wait.
-func wouldBlock(err error) bool {
-	return zmq.AsErrno(err) == zmq.Errno(syscall.EAGAIN)
-}
-
-// A monitor tells what happens to the connections of a socket.
-type monitor struct {
-	*zmq.Socket
-	of      *zmq.Socket
-	rang    atomic.Bool
-	unwatch func()
-}
-
-// newMonitor rings the bell when there is something to tell.
-func newMonitor(of *zmq.Socket, events zmq.Event, bell *bell) (*monitor, error) {
+// watch has a monitor tell of some events, from before the first connection.
+func (s *socket) watch(events zmq.Event) error {
 	address := fmt.Sprintf("inproc://monitor.%016x", rand.Uint64())
-	socket, err := newSocket(zmq.PAIR)
+	monitor, err := zmq.NewSocket(zmq.PAIR)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("open a ZeroMQ socket: %w", err)
 	}
-	m := &monitor{Socket: socket, of: of}
-	err = errors.Join(of.Monitor(address, events), socket.Connect(address), socket.SetLinger(0))
+	s.monitor = monitor
+	fd, err := monitor.GetFd()
+	s.monitorFd = C.int(fd)
+	err = errors.Join(err, s.Monitor(address, events), monitor.Connect(address), monitor.SetLinger(0))
 	if err == nil {
-		m.unwatch, err = watch(socket, func() {
-			m.rang.Store(true)
-			bell.Ring()
-		})
+		_, err = s.event() // ZeroMQ tells of news only those who found none before
 	}
-	if err != nil {
-		of.Monitor("", 0)
-		socket.Close()
-		return nil, err
-	}
-	return m, nil
+	return err
 }
 
-// next returns the next event, or 0 when there is none yet.
-func (m *monitor) next() (zmq.Event, error) {
-	event, _, _, err := m.RecvEvent(zmq.DONTWAIT)
-	if wouldBlock(err) {
+// event returns the next event of the monitor, or 0 when there is none yet.
+func (s *socket) event() (zmq.Event, error) {
+	event, _, _, err := s.monitor.RecvEvent(zmq.DONTWAIT)
+	if zmq.AsErrno(err) == zmq.Errno(syscall.EAGAIN) {
 		return 0, nil
 	}
 	if err != nil {
@@ -150,91 +273,78 @@ func (m *monitor) next() (zmq.Event, error) {
 	return event, nil
 }
 
-// news tells, once, whether the bell was rung for it: cheaper than next, and a little later.
-func (m *monitor) news() bool { return m.rang.Swap(false) }
-
-// Close must come before the monitored socket is closed, and stops the events first:
-// ZeroMQ's I/O thread would wait for ever to tell a monitor that is gone (libzmq#3575).
-func (m *monitor) Close() {
-	m.of.Monitor("", 0)
-	m.unwatch()
-	m.Socket.Close()
+// Close stops the monitor's events first: ZeroMQ's I/O thread would wait for ever to tell a
+// monitor that is gone (libzmq#3575).
+func (s *socket) Close() {
+	if s.monitor != nil {
+		s.Monitor("", 0)
+		s.monitor.Close()
+	}
+	s.Socket.Close()
+	C.free(unsafe.Pointer(s.in))
+	s.in = nil
 }
 
 // A bell lets the goroutine that owns a socket wait for it, its monitor, a deadline and
-// other goroutines at once, by Go's means: the descriptor that ZeroMQ offers for that
-// (ZMQ_FD) becomes readable when there is news, which is to be asked for then.
+// other goroutines at once. It waits in poll(2), for the descriptors that ZeroMQ offers for
+// that and for a pipe of its own: a thread waits too, but wakes without Go's scheduler.
 type bell struct {
-	rings chan struct{}
-	timer *time.Timer
+	rung atomic.Bool
+	pipe [2]*os.File // closed when they are garbage
+	fd   C.int       // of the end to read
+	err  error       // why there is no pipe
 }
 
 func newBell() *bell {
-	return &bell{rings: make(chan struct{}, 1), timer: time.NewTimer(0)}
-}
-
-// watch calls ring whenever there is news of the socket, until stop is called, which
-// must be before the socket is closed.
-func watch(socket *zmq.Socket, ring func()) (stop func(), err error) {
-	fd, err := socket.GetFd()
-	if err != nil {
-		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
-	}
-	// A copy, since the original is ZeroMQ's to close, and one that no command inherits.
+	var ends [2]int
 	syscall.ForkLock.RLock()
-	fd, err = syscall.Dup(fd)
+	err := syscall.Pipe(ends[:])
 	if err == nil {
-		syscall.CloseOnExec(fd)
+		syscall.CloseOnExec(ends[0])
+		syscall.CloseOnExec(ends[1])
 	}
 	syscall.ForkLock.RUnlock()
 	if err != nil {
-		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
+		return &bell{err: fmt.Errorf("open a pipe: %w", err)}
 	}
-	file := os.NewFile(uintptr(fd), "ZMQ_FD")
-	conn, err := file.SyscallConn()
-	if err != nil {
-		file.Close()
-		return nil, fmt.Errorf("watch a ZeroMQ socket: %w", err)
+	b := &bell{fd: C.int(ends[0])}
+	for i, end := range ends {
+		b.pipe[i] = os.NewFile(uintptr(end), "bell")
 	}
-	go conn.Read(func(uintptr) (done bool) {
-		ring()
-		return false
-	})
-	return func() { file.Close() }, nil
+	return b
 }
 
-// Ring ends the current Wait, or else the next. Any goroutine may call it.
+// Ring ends the current wait, or else the next. Any goroutine may call it.
 func (b *bell) Ring() {
-	select {
-	case b.rings <- struct{}{}:
-	default:
+	if !b.rung.Swap(true) && b.err == nil {
+		b.pipe[1].Write([]byte{0})
 	}
 }
 
-// Wait returns true when the socket has a message to receive, or else false, after a Rest.
-func (b *bell) Wait(socket *zmq.Socket, deadline time.Time) (readable bool, err error) {
-	// The descriptor does not tell of what was there before, nor of what came to light
-	// when something was sent.
-	events, err := socket.GetEvents()
-	if err != nil {
-		return false, fmt.Errorf("look at a ZeroMQ socket: %w", err)
+// Wait returns when there may be a message to receive or news of the monitor, and else at a
+// Ring or at the deadline, unless that is zero. Without a socket only those matter.
+func (b *bell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
+	if b.err != nil {
+		return false, false, b.err
 	}
-	if events&zmq.POLLIN != 0 {
-		return true, nil
+	timeout := C.int(-1)
+	if !deadline.IsZero() {
+		// Rounded up, lest it be too early again and again.
+		timeout = C.int(min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 	}
-	b.Rest(deadline)
-	return false, nil
-}
-
-// Rest waits for a Ring or for the deadline, unless that is zero.
-func (b *bell) Rest(deadline time.Time) {
-	if deadline.IsZero() {
-		<-b.rings
-		return
+	handle, fd, monitor := C.uintptr_t(0), C.int(-1), C.int(-1)
+	if s != nil {
+		fd, monitor = s.fd, s.monitorFd
+		if !s.dry {
+			handle = s.handle
+		}
 	}
-	b.timer.Reset(time.Until(deadline))
-	select {
-	case <-b.rings:
-	case <-b.timer.C:
+	there := C.await(handle, fd, monitor, b.fd, timeout)
+	if there < 0 {
+		return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-there))
 	}
+	if there&C.RING != 0 {
+		b.rung.Swap(false)
+	}
+	return there&C.MESSAGE != 0, there&C.NEWS != 0, nil
 }

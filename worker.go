@@ -242,7 +242,7 @@ func (s *Service) Connect(stop context.Context) error {
 func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 	// Only a broker that is there gets messages: heartbeats to one that is not would
 	// wait for it, and READY would come too late to be true.
-	link, err := dial(stop, "bservice", s.Endpoint, bell, func(socket *zmq.Socket) error { return socket.SetImmediate(true) })
+	link, err := dial(stop, "bservice", s.Endpoint, func(socket *socket) error { return socket.SetImmediate(true) })
 	if err != nil {
 		return nil, err
 	}
@@ -251,7 +251,7 @@ func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 	replies := make(chan [][]byte, 1)
 	session := &session{
 		Service: s,
-		send:    func(frames [][]byte) error { return send(link.Socket, frames) },
+		send:    link.send,
 		start: func(token string, body [][]byte) {
 			go func() {
 				replies <- s.answer(token, body)
@@ -260,11 +260,11 @@ func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 		},
 	}
 	for {
-		readable, err := bell.Wait(link.Socket, session.Tick(time.Now()))
+		message, news, err := bell.Wait(link.socket, session.Tick(time.Now()))
 		if err != nil {
 			return nil, err
 		}
-		if link.monitor.news() {
+		if news {
 			if err := link.Look(); err != nil {
 				return nil, err
 			}
@@ -272,8 +272,8 @@ func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 		if session.unsent() {
 			session.Flush()
 		}
-		for readable {
-			frames, err := receive(link.Socket)
+		for message {
+			frames, err := link.receive()
 			if err != nil {
 				return nil, err
 			}
