@@ -290,11 +290,15 @@ type Broker struct {
 	send func(frames [][]byte) error // the identity first; fails at once, perhaps with errWouldBlock
 	log  *slog.Logger
 
+	// debug tells whether the log takes lines for single requests: making them costs more
+	// than the rest of the work.
+	debug bool
+
 	services map[string]*service
 	workers  map[string]*worker    // by identity
 	waiting  map[string]*list.List // of *request, by the identity of the client
 	tokens   tokens
-	held     size // of the bodies of all requests that have not ended
+	held     size // of all requests that have not ended
 	open     int  // how many those are
 	draining bool
 
@@ -326,6 +330,7 @@ type service struct {
 // A worker serves one service, one request at a time.
 type worker struct {
 	identity string
+	address  [][]byte // which is that identity
 	service  *service
 	request  *request      // what it works on, nil when idle
 	place    *list.Element // among the idle, nil when busy
@@ -337,6 +342,7 @@ type worker struct {
 // A request lives from its arrival to its end.
 type request struct {
 	service *service
+	frame   []byte   // the service's name, for the reply
 	client  [][]byte // the client's address stack, its identity first
 	body    [][]byte
 	token   []byte // stands for the client towards the worker
@@ -346,15 +352,21 @@ type request struct {
 	queued, owned    *list.Element // its places in the queues of service and client, nil when in flight
 }
 
+// size is what the broker holds of it: a client's address may be long, too.
+func (r *request) size() size {
+	return sizeOf(r.client) + size(len(r.frame)) + sizeOf(r.body)
+}
+
 func NewBroker(rules brokerRules, now time.Time, send func(frames [][]byte) error, log *slog.Logger) *Broker {
 	return &Broker{
 		brokerRules: rules,
 		send:        send,
 		log:         log,
+		debug:       log.Enabled(context.Background(), slog.LevelDebug),
 		services:    map[string]*service{},
 		workers:     map[string]*worker{},
 		waiting:     map[string]*list.List{},
-		tokens:      tokens{run: rand.Uint32()},
+		tokens:      tokens{run: fmt.Sprintf("%08x.", rand.Uint32())},
 		born:        now,
 		now:         now,
 		due:         now,
@@ -377,32 +389,25 @@ func (b *Broker) Receive(frames [][]byte, now time.Time) {
 		b.warn("peer "+string(peer), "bad message", "peer", string(peer), "why", err)
 		return
 	}
-	if b.debugging() {
+	if b.debug {
 		b.log.Debug("message", "peer", string(peer), "kind", m.Kind, "service", string(m.Service), "frames", len(m.Body))
 	}
 	if m.Kind == KindClient {
 		b.receiveClient(frames[:1+len(m.Address)], m)
 	} else {
-		b.receiveWorker(string(peer), m)
+		b.receiveWorker(peer, m)
 	}
-}
-
-// debugging tells whether the log takes lines for single requests: making them costs
-// more than the rest of the work.
-func (b *Broker) debugging() bool {
-	return b.log.Enabled(context.Background(), slog.LevelDebug)
 }
 
 func (b *Broker) receiveClient(client [][]byte, m Message) {
-	name := string(m.Service)
-	if strings.HasPrefix(name, mmiPrefix) {
-		b.reply(client, name, [][]byte{b.manage(name, client, m.Body)})
+	if isOurs(m.Service) {
+		b.reply(client, m.Service, [][]byte{b.manage(string(m.Service), client, m.Body)})
 		return
 	}
-	s := b.service(name)
-	r := &request{service: s, client: client, body: m.Body, token: b.tokens.next(), arrived: b.now}
+	s := b.service(m.Service)
+	r := &request{service: s, frame: m.Service, client: client, body: m.Body, token: b.tokens.next(), arrived: b.now}
 	b.open++
-	b.held += sizeOf(r.body)
+	b.held += r.size()
 	b.count(s, requests, 1)
 	b.count(s, bytesIn, uint64(sizeOf(r.body)))
 	switch {
@@ -410,28 +415,26 @@ func (b *Broker) receiveClient(client [][]byte, m Message) {
 		b.refuse(r, "the broker is shutting down")
 	case b.held > b.MaxMemory:
 		b.refuse(r, "the broker holds as many bytes as it may")
+	case b.give(r):
+	case s.waiting.Len() >= int(b.MaxQueue):
+		b.refuse(r, "the queue is full")
 	default:
 		b.enqueue(r, s.waiting.PushBack)
-		b.settle(s)
-		if r.queued != nil && s.waiting.Len() > int(b.MaxQueue) {
-			b.dequeue(r)
-			b.refuse(r, "the queue is full")
-		}
 	}
 	b.settle(s)
 }
 
-func (b *Broker) receiveWorker(identity string, m Message) {
-	w, known := b.workers[identity]
+func (b *Broker) receiveWorker(identity []byte, m Message) {
+	w, known := b.workers[string(identity)]
 	if !known {
 		switch m.Kind {
 		case KindReady:
-			b.register(identity, string(m.Service))
+			b.register(identity, m.Service)
 		case KindDisconnect: // and gone
 		default:
 			// It registered with another broker, this one before its restart perhaps, or
 			// was given up. DISCONNECT makes it register anew.
-			b.sendWorker(identity, Message{Kind: KindDisconnect})
+			b.sendWorker(&worker{address: [][]byte{identity}}, Message{Kind: KindDisconnect})
 		}
 		return
 	}
@@ -452,13 +455,13 @@ func (b *Broker) receiveWorker(identity string, m Message) {
 			b.count(w.service, failures, 1)
 		}
 		b.observe(w.service, served, b.now.Sub(r.started))
-		if b.debugging() {
+		if b.debug {
 			b.log.Debug("request done", "request", string(r.token), "service", w.service.name, "took", b.now.Sub(r.started))
 		}
 		b.finish(r, m.Body)
 		b.rest(w)
 	case KindDisconnect:
-		b.log.Info("worker left", "worker", identity, "service", w.service.name, "why", "it said DISCONNECT")
+		b.log.Info("worker left", "worker", w.identity, "service", w.service.name, "why", "it said DISCONNECT")
 		// It would have replied had it started on its request; the next one will.
 		if r := b.remove(w); r != nil {
 			b.enqueue(r, w.service.waiting.PushFront)
@@ -469,27 +472,27 @@ func (b *Broker) receiveWorker(identity string, m Message) {
 	b.settle(w.service)
 }
 
-func (b *Broker) register(identity, name string) {
-	if strings.HasPrefix(name, mmiPrefix) {
-		b.warn("peer "+identity, "worker refused", "worker", identity, "service", name, "why", "the name is the broker's own")
-		b.sendWorker(identity, Message{Kind: KindDisconnect})
+func (b *Broker) register(identity, name []byte) {
+	w := &worker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
+	if isOurs(name) {
+		b.warn("peer "+w.identity, "worker refused", "worker", w.identity, "service", string(name), "why", "the name is the broker's own")
+		b.sendWorker(w, Message{Kind: KindDisconnect})
 		return
 	}
-	b.log.Info("worker came", "worker", identity, "service", name)
-	s := b.service(name)
-	s.workers++
-	w := &worker{identity: identity, service: s}
-	b.workers[identity] = w
+	b.log.Info("worker came", "worker", w.identity, "service", string(name))
+	w.service = b.service(name)
+	w.service.workers++
+	b.workers[w.identity] = w
 	b.rest(w)
-	b.settle(s)
+	b.settle(w.service)
 }
 
 // service returns the service of that name, a new one if there is none.
-func (b *Broker) service(name string) *service {
-	s, ok := b.services[name]
+func (b *Broker) service(name []byte) *service {
+	s, ok := b.services[string(name)]
 	if !ok {
-		s = &service{name: name}
-		b.services[name] = s
+		s = &service{name: string(name)}
+		b.services[s.name] = s
 	}
 	return s
 }
@@ -523,28 +526,40 @@ func (b *Broker) dequeue(r *request) {
 	r.queued, r.owned = nil, nil
 }
 
-// settle ends whatever happened to a service: its waiting requests go to its idle
-// workers for as long as there are both, and it is forgotten when it has neither
-// workers nor requests.
-func (b *Broker) settle(s *service) {
-	for s.waiting.Len() > 0 && s.idle.Len() > 0 {
+// give gives a request to an idle worker, and tells whether there was one.
+func (b *Broker) give(r *request) bool {
+	s := r.service
+	for s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*worker)
-		r := s.waiting.Front().Value.(*request)
-		err := b.sendWorker(w.identity, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
+		err := b.sendWorker(w, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.lose(w, err)
 			continue
 		}
 		b.observe(s, waited, b.now.Sub(r.arrived))
-		b.dequeue(r)
 		s.idle.Remove(w.place)
 		w.request, w.place, w.age = r, nil, 0
 		r.started = b.now
-		if b.debugging() {
+		if b.debug {
 			b.log.Debug("request given", "request", string(r.token), "service", s.name, "client", string(r.client[0]), "worker", w.identity)
 		}
+		return true
 	}
-	if s.workers == 0 && s.waiting.Len() == 0 {
+	return false
+}
+
+// settle ends whatever happened to a service: its waiting requests go to its idle
+// workers for as long as there are both, and it is forgotten when it has neither
+// workers nor requests.
+func (b *Broker) settle(s *service) {
+	for s.waiting.Len() > 0 {
+		r := s.waiting.Front().Value.(*request)
+		if !b.give(r) {
+			return
+		}
+		b.dequeue(r)
+	}
+	if s.workers == 0 {
 		delete(b.services, s.name)
 	}
 }
@@ -581,7 +596,7 @@ func (b *Broker) beat(w *worker) {
 	}
 	if w.silence > b.Liveness {
 		b.expel(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
-	} else if err := b.sendWorker(w.identity, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
+	} else if err := b.sendWorker(w, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
 		b.lose(w, err) // one that would block is busy, and need not read
 	}
 	b.settle(w.service)
@@ -609,7 +624,7 @@ func (b *Broker) expire(s *service) {
 
 // expel disconnects a worker that broke the protocol or fell silent.
 func (b *Broker) expel(w *worker, why string) {
-	b.sendWorker(w.identity, Message{Kind: KindDisconnect})
+	b.sendWorker(w, Message{Kind: KindDisconnect})
 	b.lose(w, errors.New(why))
 }
 
@@ -663,7 +678,7 @@ func (b *Broker) fail(r *request, status int, why string) {
 // it, and nobody else waits.
 func (b *Broker) finish(r *request, body [][]byte) {
 	b.end(r)
-	if err := b.reply(r.client, r.service.name, body); err != nil {
+	if err := b.reply(r.client, r.frame, body); err != nil {
 		b.count(r.service, droppedReplies, 1)
 		b.log.Debug("reply dropped", "client", string(r.client[0]), "service", r.service.name, "why", err)
 		return
@@ -674,17 +689,17 @@ func (b *Broker) finish(r *request, body [][]byte) {
 // end is the end of every request that was taken.
 func (b *Broker) end(r *request) {
 	b.open--
-	b.held -= sizeOf(r.body)
+	b.held -= r.size()
 }
 
-func (b *Broker) reply(client [][]byte, service string, body [][]byte) error {
-	return b.send(Message{Address: client, Kind: KindClient, Service: []byte(service), Body: body}.Frames())
+func (b *Broker) reply(client [][]byte, service []byte, body [][]byte) error {
+	return b.send(Message{Address: client, Kind: KindClient, Service: service, Body: body}.Frames())
 }
 
 // sendWorker sends a message to a worker. An error means that the worker is unreachable,
 // or that it does not read.
-func (b *Broker) sendWorker(identity string, m Message) error {
-	m.Address = [][]byte{[]byte(identity)}
+func (b *Broker) sendWorker(w *worker, m Message) error {
+	m.Address = w.address
 	return b.send(m.Frames())
 }
 
@@ -709,7 +724,7 @@ func (b *Broker) Drained() bool { return b.open == 0 }
 func (b *Broker) Stop() {
 	b.Drain()
 	for _, w := range b.workers {
-		b.sendWorker(w.identity, Message{Kind: KindDisconnect})
+		b.sendWorker(w, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {
 			b.refuse(r, "the broker is shutting down; the request may have been done")
 		}
@@ -743,13 +758,13 @@ func sizeOf(body [][]byte) size {
 // tokens are the names of requests towards workers: printable, and no two alike, in
 // this run of the broker and by all odds in any.
 type tokens struct {
-	run   uint32
+	run   string
 	count uint64
 }
 
 func (t *tokens) next() []byte {
 	t.count++
-	return strconv.AppendUint(fmt.Appendf(nil, "%08x.", t.run), t.count, 10)
+	return strconv.AppendUint([]byte(t.run), t.count, 10)
 }
 
 // From here on: what a person can see of the broker.
@@ -772,6 +787,9 @@ func (b *Broker) manage(name string, client, body [][]byte) []byte {
 	}
 	return []byte(mmiNotImplemented)
 }
+
+// isOurs tells whether a name is one that only the broker answers.
+func isOurs(name []byte) bool { return bytes.HasPrefix(name, []byte(mmiPrefix)) }
 
 func found(yes bool) []byte {
 	if yes {

@@ -544,10 +544,10 @@ func TestFullQueueRefuses(t *testing.T) {
 
 func TestBrokerHoldsNoMoreBytesThanItMay(t *testing.T) {
 	r := newFakeRouter(t)
-	half := strings.Repeat("x", 1<<19)
+	half := strings.Repeat("x", 1<<19-len("Ca"))
 	r.from("W", "", "MDPW01", "\x01", "a")
 	r.from("C", "", "MDPC01", "a", half)
-	r.from("C", "", "MDPC01", "b", half)
+	r.from("C", half, "", "MDPC01", "b") // the address is held, too
 	token := r.expect(toWorker("W", "*", half))[0]
 	r.from("D", "", "MDPC01", "c", "x")
 	r.expect([]string{"D", "", "MDPC01", "c", "", "*", "exit status 75"})
@@ -838,7 +838,7 @@ func (m *model) check() {
 				m.t.Fatalf("request %q does not wait where it is", r.client)
 			}
 			waiting[r] = true
-			bytes += sizeOf(r.body)
+			bytes += r.size()
 		}
 	}
 	open := len(waiting)
@@ -848,7 +848,7 @@ func (m *model) check() {
 				m.t.Fatalf("request %q is both waiting and in flight", r.client)
 			}
 			open++
-			bytes += sizeOf(r.body)
+			bytes += r.size()
 		}
 	}
 	if m.open != open || m.Broker.held != bytes {

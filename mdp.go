@@ -126,15 +126,22 @@ func Parse(frames [][]byte) (Message, error) {
 	return m, nil
 }
 
+// Frames that are in every message, and not to be written to.
+var (
+	clientFrame   = []byte(clientProtocol)
+	workerFrame   = []byte(workerProtocol)
+	commandFrames = []byte{0, byte(KindReady), byte(KindRequest), byte(KindReply), byte(KindHeartbeat), byte(KindDisconnect)}
+)
+
 // Frames is the inverse of Parse.
 func (m Message) Frames() [][]byte {
 	frames := make([][]byte, 0, len(m.Address)+len(m.Client)+len(m.Body)+4)
 	frames = append(frames, m.Address...)
 	frames = append(frames, nil)
 	if m.Kind == KindClient {
-		frames = append(frames, []byte(clientProtocol))
+		frames = append(frames, clientFrame)
 	} else {
-		frames = append(frames, []byte(workerProtocol), []byte{byte(m.Kind)})
+		frames = append(frames, workerFrame, commandFrames[m.Kind:m.Kind+1])
 	}
 	switch m.Kind {
 	case KindClient, KindReady:

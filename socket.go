@@ -182,12 +182,14 @@ func (n noHost) Error() string { return string(n) }
 // connected and has read enough of what it got before.
 var errWouldBlock = errors.New("it takes no messages")
 
+// short is the length of frames, in bytes, that are rather copied than handled one by one.
+// On their way in they share memory, and none keeps a long one from being freed.
+const short = 16 << 10
+
 // send sends a message, without waiting.
 func (s *socket) send(frames [][]byte) error {
 	s.dry = false // to send is to take note of news, too
 	for first := true; len(frames) > 0; first = false {
-		// Short frames go together, at the price of a copy, and a long one by itself.
-		const short = 16 << 10
 		var sizes [C.ROOM]C.size_t
 		data, n := frames[0], 1
 		sizes[0] = C.size_t(len(data))
@@ -229,14 +231,21 @@ func (s *socket) receive() (frames [][]byte, err error) {
 		parts := s.in.parts[:s.in.count]
 		length := 0
 		for _, part := range parts {
-			length += int(part.size)
+			if part.size < short {
+				length += int(part.size)
+			}
 		}
-		data := make([]byte, length)
+		together := make([]byte, length)
 		frames = slices.Grow(frames, len(parts))
 		for _, part := range parts {
-			n := copy(data, unsafe.Slice((*byte)(part.data), part.size))
-			frames = append(frames, data[:n:n])
-			data = data[n:]
+			var frame []byte
+			if part.size < short {
+				frame, together = together[:part.size:part.size], together[part.size:]
+			} else {
+				frame = make([]byte, part.size)
+			}
+			copy(frame, unsafe.Slice((*byte)(part.data), part.size))
+			frames = append(frames, frame)
 		}
 		more = s.in.more != 0
 		C.drop(s.in)
