@@ -1062,7 +1062,7 @@ func (c *Client) Connect() error {
 		stop, cancel = context.WithDeadline(stop, c.due)
 		defer cancel()
 	}
-	link, err := dial(stop, "brequest", c.endpoint)
+	link, err := dial(stop, "brequest", c.endpoint, c.bell)
 	c.link = link
 	return err
 }
@@ -1375,7 +1375,7 @@ type link struct {
 // dial makes a link for the tool that it names in its identity: printable, telling a
 // person who it is, and never used twice. Looking up the host's name takes no longer than
 // until stop is done.
-func dial(stop context.Context, tool, endpoint string, options ...func(*socket) error) (*link, error) {
+func dial(stop context.Context, tool, endpoint string, bell *bell, options ...func(*socket) error) (*link, error) {
 	endpoint, err := lookUp(stop, endpoint)
 	if err != nil {
 		return nil, err
@@ -1400,7 +1400,8 @@ func dial(stop context.Context, tool, endpoint string, options ...func(*socket) 
 	for _, option := range options {
 		err = errors.Join(err, option(socket))
 	}
-	if err = errors.Join(err, socket.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED)); err != nil {
+	err = errors.Join(err, socket.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED), bell.hear(socket))
+	if err != nil {
 		socket.Close()
 		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}

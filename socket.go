@@ -64,8 +64,8 @@ static int put(uintptr_t socket, const char *data, const size_t *sizes, int coun
 
 enum { MESSAGE = 1, NEWS = 2, RING = 4 };
 
-// await waits for a message, for news of the monitor and for the bell, so many
-// milliseconds. socket is 0 where there is none, or nothing to ask it. It returns what there may be, or what errno is as a negative number.
+// await waits for a message, for news of the monitor and for a bell, so many milliseconds.
+// socket is 0 where it need not be asked. It returns what there may be, or what errno is as a negative number.
 static int await(uintptr_t socket, int fd, int monitor, int bell, int timeout) {
 	struct pollfd fds[] = {{fd, POLLIN, 0}, {monitor, POLLIN, 0}, {bell, POLLIN, 0}};
 	int events = 0, there = 0;
@@ -120,6 +120,9 @@ type socket struct {
 
 	monitor   *zmq.Socket
 	monitorFd C.int
+
+	stirred, told atomic.Bool // what rang a bell: the socket, the monitor
+	copies        []*os.File  // of the descriptors, for that
 }
 
 func newSocket(kind zmq.Type) (*socket, error) {
@@ -285,6 +288,9 @@ func (s *socket) event() (zmq.Event, error) {
 // Close stops the monitor's events first: ZeroMQ's I/O thread would wait for ever to tell a
 // monitor that is gone (libzmq#3575).
 func (s *socket) Close() {
+	for _, file := range s.copies {
+		file.Close()
+	}
 	if s.monitor != nil {
 		s.Monitor("", 0)
 		s.monitor.Close()
@@ -294,17 +300,98 @@ func (s *socket) Close() {
 	s.in = nil
 }
 
-// A bell lets the goroutine that owns a socket wait for it, its monitor, a deadline and
-// other goroutines at once. It waits in poll(2), for the descriptors that ZeroMQ offers for
-// that and for a pipe of its own: a thread waits too, but wakes without Go's scheduler.
+// A bell lets the goroutine that owns sockets wait for one, for its monitor, for a deadline
+// and for other goroutines at once, by Go's means: any number of them take no thread.
 type bell struct {
-	rung atomic.Bool
-	pipe [2]*os.File // closed when they are garbage
-	fd   C.int       // of the end to read
-	err  error       // why there is no pipe
+	rings chan struct{}
+	timer *time.Timer
 }
 
 func newBell() *bell {
+	return &bell{rings: make(chan struct{}, 1), timer: time.NewTimer(0)}
+}
+
+// Ring ends the current Wait, or else the next. Any goroutine may call it.
+func (b *bell) Ring() {
+	select {
+	case b.rings <- struct{}{}:
+	default:
+	}
+}
+
+// hear has a socket ring until it is closed.
+func (b *bell) hear(s *socket) error {
+	return errors.Join(
+		s.onNews(s.fd, func() {
+			s.stirred.Store(true)
+			b.Ring()
+		}),
+		s.onNews(s.monitorFd, func() {
+			s.told.Store(true)
+			b.Ring()
+		}),
+	)
+}
+
+// onNews calls ring whenever a descriptor is readable anew, until the socket is closed.
+func (s *socket) onNews(fd C.int, ring func()) error {
+	// A copy, since the original is ZeroMQ's to close, and one that no command inherits.
+	syscall.ForkLock.RLock()
+	copied, err := syscall.Dup(int(fd))
+	if err == nil {
+		syscall.CloseOnExec(copied)
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return err
+	}
+	file := os.NewFile(uintptr(copied), "ZMQ_FD")
+	s.copies = append(s.copies, file)
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	go conn.Read(func(uintptr) (done bool) {
+		ring()
+		return false
+	})
+	return nil
+}
+
+// Wait returns when there may be a message to receive or news of the monitor, and else at a
+// Ring or at the deadline, unless that is zero. Without a socket only those matter.
+func (b *bell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
+	if s != nil && !s.dry {
+		events, err := s.GetEvents()
+		if err != nil {
+			return false, false, fmt.Errorf("look at a ZeroMQ socket: %w", err)
+		}
+		if events&zmq.POLLIN != 0 {
+			return true, s.told.Swap(false), nil
+		}
+	}
+	if deadline.IsZero() {
+		<-b.rings
+	} else {
+		b.timer.Reset(time.Until(deadline))
+		select {
+		case <-b.rings:
+		case <-b.timer.C:
+		}
+	}
+	return s != nil && s.stirred.Swap(false), s != nil && s.told.Swap(false), nil
+}
+
+// A threadBell is a bell for the only goroutine that matters, and needs no hear: it waits in
+// poll(2). Its thread wakes sooner and at less cost than Go's scheduler would wake the
+// goroutine, but it takes that thread.
+type threadBell struct {
+	rung atomic.Bool
+	pipe [2]*os.File // closed when they are garbage
+	fd   C.int       // of the end to read
+}
+
+func newThreadBell() (*threadBell, error) {
 	var ends [2]int
 	syscall.ForkLock.RLock()
 	err := syscall.Pipe(ends[:])
@@ -314,41 +401,29 @@ func newBell() *bell {
 	}
 	syscall.ForkLock.RUnlock()
 	if err != nil {
-		return &bell{err: fmt.Errorf("open a pipe: %w", err)}
+		return nil, fmt.Errorf("open a pipe: %w", err)
 	}
-	b := &bell{fd: C.int(ends[0])}
+	b := &threadBell{fd: C.int(ends[0])}
 	for i, end := range ends {
 		b.pipe[i] = os.NewFile(uintptr(end), "bell")
 	}
-	return b
+	return b, nil
 }
 
-// Ring ends the current wait, or else the next. Any goroutine may call it.
-func (b *bell) Ring() {
-	if !b.rung.Swap(true) && b.err == nil {
+func (b *threadBell) Ring() {
+	if !b.rung.Swap(true) {
 		b.pipe[1].Write([]byte{0})
 	}
 }
 
-// Wait returns when there may be a message to receive or news of the monitor, and else at a
-// Ring or at the deadline, unless that is zero. Without a socket only those matter.
-func (b *bell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
-	if b.err != nil {
-		return false, false, b.err
+func (b *threadBell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
+	// Rounded up, lest it be too early again and again.
+	timeout := min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32)
+	handle := s.handle
+	if s.dry {
+		handle = 0
 	}
-	timeout := C.int(-1)
-	if !deadline.IsZero() {
-		// Rounded up, lest it be too early again and again.
-		timeout = C.int(min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
-	}
-	handle, fd, monitor := C.uintptr_t(0), C.int(-1), C.int(-1)
-	if s != nil {
-		fd, monitor = s.fd, s.monitorFd
-		if !s.dry {
-			handle = s.handle
-		}
-	}
-	there := C.await(handle, fd, monitor, b.fd, timeout)
+	there := C.await(handle, s.fd, s.monitorFd, b.fd, C.int(timeout))
 	if there < 0 {
 		return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-there))
 	}
