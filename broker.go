@@ -230,10 +230,7 @@ func removeSockets(endpoints []string) {
 // serve is the loop around a Broker: it owns the socket and the clock. Once stop is
 // done it drains the broker, for as long as grace at most, and returns nil.
 func serve(stop context.Context, socket *socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
-	bell, err := newThreadBell()
-	if err != nil {
-		return err
-	}
+	bell := newThreadBell()
 	defer context.AfterFunc(stop, bell.Ring)()
 
 	broker := NewBroker(rules, time.Now(), socket.send, log)

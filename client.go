@@ -997,7 +997,7 @@ func (p *printedAbove) Write(data []byte) (int, error) {
 type Client struct {
 	endpoint string
 	stop     context.Context
-	bell     *bell
+	bell     *threadBell
 
 	// Meanwhile, unless nil, is called before each wait of Send, and ends it at a time.
 	Meanwhile func() time.Time
@@ -1045,7 +1045,7 @@ var (
 // NewClient makes a client for one request at a time, whose waiting ends when stop is
 // done.
 func NewClient(stop context.Context, endpoint string) *Client {
-	c := &Client{endpoint: endpoint, stop: stop, bell: newBell(), plain: true, flying: map[string]*call{}}
+	c := &Client{endpoint: endpoint, stop: stop, bell: newThreadBell(), plain: true, flying: map[string]*call{}}
 	context.AfterFunc(stop, c.bell.Ring)
 	return c
 }
@@ -1062,7 +1062,7 @@ func (c *Client) Connect() error {
 		stop, cancel = context.WithDeadline(stop, c.due)
 		defer cancel()
 	}
-	link, err := dial(stop, "brequest", c.endpoint, c.bell)
+	link, err := dial(stop, "brequest", c.endpoint)
 	c.link = link
 	return err
 }
@@ -1375,7 +1375,7 @@ type link struct {
 // dial makes a link for the tool that it names in its identity: printable, telling a
 // person who it is, and never used twice. Looking up the host's name takes no longer than
 // until stop is done.
-func dial(stop context.Context, tool, endpoint string, bell *bell, options ...func(*socket) error) (*link, error) {
+func dial(stop context.Context, tool, endpoint string, options ...func(*socket) error) (*link, error) {
 	endpoint, err := lookUp(stop, endpoint)
 	if err != nil {
 		return nil, err
@@ -1394,13 +1394,13 @@ func dial(stop context.Context, tool, endpoint string, bell *bell, options ...fu
 		socket.SetReconnectIvl(20*time.Millisecond),
 		socket.SetReconnectIvlMax(time.Second),
 		setTransport(socket, endpoint),
+		socket.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
 	)
 	// The high-water marks stay at 1000: one request and some heartbeats at a time
 	// are far from it.
 	for _, option := range options {
 		err = errors.Join(err, option(socket))
 	}
-	err = errors.Join(err, socket.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED), bell.hear(socket))
 	if err != nil {
 		socket.Close()
 		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)

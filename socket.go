@@ -300,8 +300,71 @@ func (s *socket) Close() {
 	s.in = nil
 }
 
-// A bell lets the goroutine that owns sockets wait for one, for its monitor, for a deadline
-// and for other goroutines at once, by Go's means: any number of them take no thread.
+// A threadBell lets the goroutine that owns a socket wait for it, for its monitor, for a
+// deadline and for other goroutines at once, in poll(2): a thread waits too, which wakes
+// sooner and at less cost than Go's scheduler would wake the goroutine.
+type threadBell struct {
+	rung atomic.Bool
+	pipe [2]*os.File // closed when they are garbage
+	fd   C.int       // of the end to read
+	err  error       // why there is no pipe
+}
+
+func newThreadBell() *threadBell {
+	var ends [2]int
+	syscall.ForkLock.RLock()
+	err := syscall.Pipe(ends[:])
+	if err == nil {
+		syscall.CloseOnExec(ends[0])
+		syscall.CloseOnExec(ends[1])
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return &threadBell{err: fmt.Errorf("open a pipe: %w", err)}
+	}
+	b := &threadBell{fd: C.int(ends[0])}
+	for i, end := range ends {
+		b.pipe[i] = os.NewFile(uintptr(end), "bell")
+	}
+	return b
+}
+
+// Ring ends the current Wait, or else the next. Any goroutine may call it.
+func (b *threadBell) Ring() {
+	if !b.rung.Swap(true) && b.err == nil {
+		b.pipe[1].Write([]byte{0})
+	}
+}
+
+// Wait returns when there may be a message to receive or news of the monitor, and else at a
+// Ring or at the deadline, unless that is zero. Without a socket only those matter.
+func (b *threadBell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
+	if b.err != nil {
+		return false, false, b.err
+	}
+	timeout := C.int(-1)
+	if !deadline.IsZero() {
+		// Rounded up, lest it be too early again and again.
+		timeout = C.int(min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
+	}
+	handle, fd, monitor := C.uintptr_t(0), C.int(-1), C.int(-1)
+	if s != nil {
+		fd, monitor = s.fd, s.monitorFd
+		if !s.dry {
+			handle = s.handle
+		}
+	}
+	there := C.await(handle, fd, monitor, b.fd, timeout)
+	if there < 0 {
+		return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-there))
+	}
+	if there&C.RING != 0 {
+		b.rung.Swap(false)
+	}
+	return there&C.MESSAGE != 0, there&C.NEWS != 0, nil
+}
+
+// A bell does the same by Go's means: any number of them take no thread.
 type bell struct {
 	rings chan struct{}
 	timer *time.Timer
@@ -311,7 +374,6 @@ func newBell() *bell {
 	return &bell{rings: make(chan struct{}, 1), timer: time.NewTimer(0)}
 }
 
-// Ring ends the current Wait, or else the next. Any goroutine may call it.
 func (b *bell) Ring() {
 	select {
 	case b.rings <- struct{}{}:
@@ -358,10 +420,9 @@ func (s *socket) onNews(fd C.int, ring func()) error {
 	return nil
 }
 
-// Wait returns when there may be a message to receive or news of the monitor, and else at a
-// Ring or at the deadline, unless that is zero. Without a socket only those matter.
+// Wait is for a socket that it hears.
 func (b *bell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
-	if s != nil && !s.dry {
+	if !s.dry {
 		events, err := s.GetEvents()
 		if err != nil {
 			return false, false, fmt.Errorf("look at a ZeroMQ socket: %w", err)
@@ -379,56 +440,5 @@ func (b *bell) Wait(s *socket, deadline time.Time) (message, news bool, err erro
 		case <-b.timer.C:
 		}
 	}
-	return s != nil && s.stirred.Swap(false), s != nil && s.told.Swap(false), nil
-}
-
-// A threadBell is a bell for the only goroutine that matters, and needs no hear: it waits in
-// poll(2). Its thread wakes sooner and at less cost than Go's scheduler would wake the
-// goroutine, but it takes that thread.
-type threadBell struct {
-	rung atomic.Bool
-	pipe [2]*os.File // closed when they are garbage
-	fd   C.int       // of the end to read
-}
-
-func newThreadBell() (*threadBell, error) {
-	var ends [2]int
-	syscall.ForkLock.RLock()
-	err := syscall.Pipe(ends[:])
-	if err == nil {
-		syscall.CloseOnExec(ends[0])
-		syscall.CloseOnExec(ends[1])
-	}
-	syscall.ForkLock.RUnlock()
-	if err != nil {
-		return nil, fmt.Errorf("open a pipe: %w", err)
-	}
-	b := &threadBell{fd: C.int(ends[0])}
-	for i, end := range ends {
-		b.pipe[i] = os.NewFile(uintptr(end), "bell")
-	}
-	return b, nil
-}
-
-func (b *threadBell) Ring() {
-	if !b.rung.Swap(true) {
-		b.pipe[1].Write([]byte{0})
-	}
-}
-
-func (b *threadBell) Wait(s *socket, deadline time.Time) (message, news bool, err error) {
-	// Rounded up, lest it be too early again and again.
-	timeout := min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32)
-	handle := s.handle
-	if s.dry {
-		handle = 0
-	}
-	there := C.await(handle, s.fd, s.monitorFd, b.fd, C.int(timeout))
-	if there < 0 {
-		return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-there))
-	}
-	if there&C.RING != 0 {
-		b.rung.Swap(false)
-	}
-	return there&C.MESSAGE != 0, there&C.NEWS != 0, nil
+	return s.stirred.Swap(false), s.told.Swap(false), nil
 }

@@ -242,7 +242,8 @@ func (s *Service) Connect(stop context.Context) error {
 func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 	// Only a broker that is there gets messages: heartbeats to one that is not would
 	// wait for it, and READY would come too late to be true.
-	link, err := dial(stop, "bservice", s.Endpoint, bell, func(socket *socket) error { return socket.SetImmediate(true) })
+	immediate := func(socket *socket) error { return socket.SetImmediate(true) }
+	link, err := dial(stop, "bservice", s.Endpoint, immediate, bell.hear)
 	if err != nil {
 		return nil, err
 	}
