@@ -876,7 +876,7 @@ func (m *model) check() {
 // From here on: the wire, against raw sockets that spell the frames out.
 
 // startBroker runs a broker's loop until the end of the test.
-func startBroker(t testing.TB) (endpoint string) {
+func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 	t.Helper()
 	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
 	if err != nil {
@@ -886,7 +886,7 @@ func startBroker(t testing.TB) (endpoint string) {
 	ended := make(chan error)
 	go func() {
 		rules := testRules
-		rules.heartbeatFlags = heartbeatFlags{Heartbeat: duration(50 * time.Millisecond), Liveness: 100}
+		rules.heartbeatFlags = heartbeatFlags{Heartbeat: duration(heartbeat), Liveness: 100}
 		err := serve(stop, socket, rules, time.Second, slog.New(slog.DiscardHandler))
 		socket.Close()
 		ended <- err
@@ -913,7 +913,7 @@ func newPeer(t testing.TB, kind zmq.Type) peer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { socket.Close() })
-	if err := errors.Join(socket.SetLinger(0), socket.SetRcvtimeo(10*time.Second)); err != nil {
+	if err := errors.Join(socket.SetLinger(0), socket.SetRcvtimeo(10*time.Second), socket.SetSndtimeo(10*time.Second)); err != nil {
 		t.Fatal(err)
 	}
 	return peer{socket, t}
@@ -964,7 +964,7 @@ func (p peer) want(got []string, want ...string) {
 var heartbeatFrames = []string{"", "MDPW01", "\x04"}
 
 func TestPeersWrittenFromTheRFCAreServed(t *testing.T) {
-	endpoint := startBroker(t)
+	endpoint := startBroker(t, 50*time.Millisecond)
 	worker := connectPeer(t, zmq.DEALER, endpoint)
 	worker.send("", "MDPW01", "\x01", "echo")
 	worker.want(worker.recv(), heartbeatFrames...)
@@ -988,6 +988,16 @@ func TestPeersWrittenFromTheRFCAreServed(t *testing.T) {
 
 	worker.send("", "MDPW01", "\x01", "echo")
 	worker.want(worker.recvBut(heartbeatFrames...), "", "MDPW01", "\x05")
+}
+
+func TestFloodIsReadToItsEnd(t *testing.T) {
+	worker := connectPeer(t, zmq.DEALER, startBroker(t, time.Hour))
+	worker.send("", "MDPW01", "\x01", "echo")
+	for range 10_000 { // more than the loop takes at a time, and nothing is to be sent for them
+		worker.send(heartbeatFrames...)
+	}
+	worker.send("", "MDPC01", "mmi.service", "echo")
+	worker.want(worker.recv(), "", "MDPC01", "mmi.service", "200")
 }
 
 func TestBrokerListensOnSeveralEndpoints(t *testing.T) {

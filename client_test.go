@@ -518,7 +518,7 @@ func fileWith(t *testing.T, content string) *os.File {
 // BenchmarkRoundTrip is a request through a broker to a service and back, all of them
 // in this process.
 func BenchmarkRoundTrip(b *testing.B) {
-	endpoint := startBroker(b)
+	endpoint := startBroker(b, 50*time.Millisecond)
 	startService(b, endpoint, func(_ string, body [][]byte) [][]byte { return body })
 	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()

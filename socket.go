@@ -116,7 +116,7 @@ type socket struct {
 	fd     C.int       // readable when there is news
 	in     *C.inbox
 	flat   []byte // frames on their way out
-	dry    bool   // nothing to receive, until the descriptor tells of news
+	dry    bool   // nothing is left to receive, until the descriptor tells of news
 
 	monitor   *zmq.Socket
 	monitorFd C.int
@@ -221,6 +221,7 @@ func (s *socket) send(frames [][]byte) error {
 
 // receive returns the next message, or nil when there is none yet.
 func (s *socket) receive() (frames [][]byte, err error) {
+	s.dry = false
 	for more := true; more; {
 		failed := C.take(s.handle, s.in)
 		if failed != 0 {
