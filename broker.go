@@ -273,7 +273,10 @@ func serve(stop context.Context, socket *socket, rules brokerRules, grace time.D
 			if frames == nil {
 				break
 			}
+			length := sizeOf(frames)
 			broker.Receive(frames, time.Now())
+			frames = nil // its room may be wanted for the next
+			freeIfLarge(length)
 		}
 	}
 }

@@ -412,42 +412,21 @@ func (t *requestTool) list(endpoint string) error {
 	return nil
 }
 
-// readAll is io.ReadAll for input that may take most of the memory: it never takes more
-// than twice the room that it needs, and no more than that in the end.
+// readAll is io.ReadAll for input that may take most of the memory.
 func readAll(file *os.File) ([]byte, error) {
-	length := int64(4 << 10)
+	var all chunks
 	if info, err := file.Stat(); err == nil && info.Mode().IsRegular() {
-		length = info.Size() + 1 // it ends in the first chunk
+		all.list = [][]byte{make([]byte, 0, info.Size()+1)} // it ends in there
 	}
-	var chunks [][]byte
 	for {
-		chunk := make([]byte, length)
-		n, err := io.ReadFull(file, chunk)
-		chunks = append(chunks, chunk[:n])
-		switch err {
-		case nil:
-			length = min(2*length, large)
-			continue
-		case io.EOF, io.ErrUnexpectedEOF:
-			err = nil
+		n, err := file.Read(all.room(4 << 10))
+		all.take(n)
+		if err == io.EOF {
+			return all.Bytes(), nil
 		}
-		if len(chunks) == 1 {
-			return chunks[0], err
+		if err != nil {
+			return nil, err
 		}
-		all := bytes.Join(chunks, nil)
-		chunks = nil
-		freeIfLarge(size(len(all)))
-		return all, err
-	}
-}
-
-// large is a number of bytes of which it matters how often they are held.
-const large = 16 << 20
-
-// freeIfLarge gives back memory that is not used any more, if it may be that much.
-func freeIfLarge(length size) {
-	if length >= large {
-		debug.FreeOSMemory()
 	}
 }
 

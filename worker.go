@@ -290,6 +290,9 @@ func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 		select {
 		case reply := <-replies:
 			session.Finish(reply)
+			length := sizeOf(reply)
+			reply = nil // its room may be wanted for the next
+			freeIfLarge(length)
 		default:
 		}
 
@@ -552,7 +555,7 @@ func (c *CmdService) Handle(token string, body [][]byte) [][]byte {
 	if len(stdin) > 0 {
 		p.Stdin = bytes.NewReader(stdin)
 	}
-	c.direct(p, &bounded{max: int(c.MaxOutput), end: p.end})
+	c.direct(p, newBounded(c.MaxOutput, p.end))
 	if err := c.start(p); err != nil {
 		return c.refuse(cannotRun(err))
 	}
@@ -646,7 +649,7 @@ func (c *CmdService) prepare(argv []string, env ...string) *process {
 func (c *CmdService) direct(p *process, stdout sink) {
 	p.stdout, p.stderr = stdout, &tail{log: os.Stderr}
 	if c.Stderr == "reply" {
-		p.stderr = &bounded{max: int(c.MaxOutput), end: p.end}
+		p.stderr = newBounded(c.MaxOutput, p.end)
 	}
 	p.Stdout, p.Stderr = p.stdout, p.stderr
 	if c.Stderr == "merge" {
@@ -734,14 +737,20 @@ func exitStatus(state *os.ProcessState) int {
 
 // A bounded sink takes so many bytes, and ends the process that prints more.
 type bounded struct {
+	chunks
+	left int
 	max  int
 	end  context.CancelCauseFunc
-	held []byte
+}
+
+func newBounded(max size, end context.CancelCauseFunc) *bounded {
+	return &bounded{left: int(max), max: int(max), end: end}
 }
 
 func (b *bounded) Write(p []byte) (int, error) {
-	n := min(len(p), b.max-len(b.held))
-	b.held = append(b.held, p[:n]...)
+	n := min(len(p), b.left)
+	b.left -= n
+	b.chunks.Write(p[:n])
 	if n < len(p) {
 		err := tooLong(b.max)
 		b.end(err)
@@ -749,8 +758,6 @@ func (b *bounded) Write(p []byte) (int, error) {
 	}
 	return n, nil
 }
-
-func (b *bounded) Bytes() []byte { return b.held }
 
 func tooLong(max int) *failure {
 	return &failure{status: exitIO, err: fmt.Errorf("ended, since it printed more than --max-output %d bytes", max)}
@@ -860,7 +867,7 @@ func (c *coprocess) revive() *failure {
 		return &failure{status: exitTemporary, err: why}
 	}
 	p := c.prepare(c.Command)
-	output := &lines{bounded: bounded{max: int(c.MaxOutput), end: p.end}, terminator: c.terminator, whole: make(chan []byte, 1)}
+	output := &lines{bounded: newBounded(c.MaxOutput, p.end), terminator: c.terminator, whole: make(chan []byte, 1)}
 	c.direct(p, output)
 	stdin, err := p.StdinPipe()
 	if err == nil {
@@ -922,7 +929,7 @@ func (p *pauses) grow(now time.Time) {
 
 // Lines are the sink of a coprocess: what it prints, cut into replies.
 type lines struct {
-	bounded    // the line that has begun
+	*bounded   // the line that has begun
 	terminator byte
 	whole      chan []byte // room for the one that is asked for, with its newline
 }
@@ -938,8 +945,8 @@ func (l *lines) Write(p []byte) (int, error) {
 	}
 	if len(rest) == 0 {
 		select {
-		case l.whole <- l.held:
-			l.held = nil
+		case l.whole <- l.Bytes():
+			l.bounded = newBounded(size(l.max), l.end)
 			return len(p), nil
 		default:
 		}
