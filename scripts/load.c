@@ -9,7 +9,7 @@
  *	load sync     ENDPOINT SERVICE N     N requests one by one; prints the median in seconds
  *	load clients  ENDPOINT N             N clients that ask once and stay
  *	load waiting  ENDPOINT SERVICE N     N requests of 100 bytes that nobody serves, and stays
- *	load services ENDPOINT N             N workers of a service each
+ *	load services ENDPOINT NAME N        N workers of a service each, NAME0 and so on, that do nothing
  *
  * What stays prints "ready" once it is, and stops with SIGTERM.
  */
@@ -199,14 +199,14 @@ int main(int argc, char **argv)
 			register_worker(sockets[i] = dealer(endpoint), argv[3]);
 		ready();
 		serve(sockets, n, 1);
-	} else if (!strcmp(what, "services") && argc == 4) {
+	} else if (!strcmp(what, "services") && argc == 5) {
 		for (int i = 0; i < n; i++) {
-			char name[20];
-			snprintf(name, sizeof name, "service%d", i);
+			char name[100];
+			snprintf(name, sizeof name, "%s%d", argv[3], i);
 			register_worker(sockets[i] = dealer(endpoint), name);
 		}
 		ready();
-		serve(sockets, n, 1);
+		zmq_poll(NULL, 0, -1);
 	} else if (!strcmp(what, "echo") && argc == 4) {
 		for (int i = 0; i < n; i++)
 			sockets[i] = dealer(endpoint);
