@@ -15,11 +15,11 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// serveOnce lets a raw broker answer the next request with what reply makes of it.
-// It returns the request when it came. It knows nothing of mmi.cancel.
+// serveOnce lets a raw broker answer the next request with what reply makes of it. It
+// returns the request when it was answered. It knows nothing of mmi.cancel.
 func serveOnce(broker peer, reply func(request []string) []string) <-chan []string {
 	came := make(chan []string, 1)
-	go func() {
+	broker.aside(func() {
 		request, err := broker.RecvMessageBytes(0)
 		for err == nil && string(request[3]) == "mmi.cancel" {
 			request, err = broker.RecvMessageBytes(0)
@@ -32,7 +32,7 @@ func serveOnce(broker peer, reply func(request []string) []string) <-chan []stri
 			broker.SendMessage(frames(answer...))
 		}
 		came <- spell(request)
-	}()
+	})
 	return came
 }
 
@@ -106,7 +106,7 @@ func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
 			t.Fatal(err)
 		}
 		client := NewClient(context.Background(), endpoint)
-		go func() {
+		broker.aside(func() {
 			request, err := broker.RecvMessageBytes(0)
 			if err != nil {
 				t.Error(err)
@@ -114,7 +114,7 @@ func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
 			}
 			broker.SendMessage(request[0], "", "MDPC01", "echo", "last words")
 			broker.Close()
-		}()
+		})
 		reply, err := client.Send("echo", nil, 10*time.Second)
 		if err != nil {
 			t.Fatal(err)
@@ -352,11 +352,11 @@ func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *te
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
 	calls := begin(client, 0, "a", "b")
-	go func() {
-		broker.recv()
-		broker.recv()
+	broker.aside(func() {
+		broker.RecvMessageBytes(0)
+		broker.RecvMessageBytes(0)
 		broker.Close()
-	}()
+	})
 	awaitAll(t, client, calls)
 	for _, r := range calls {
 		if !errors.Is(r.err, errLost) {
@@ -380,10 +380,11 @@ func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
 	client := newBatchClient(t, endpoint)
 	ask := func(broker peer) {
 		calls := begin(client, 0, "a")
-		serveOnce(broker, func(request []string) []string {
+		came := serveOnce(broker, func(request []string) []string {
 			return []string{request[0], request[1], "", "MDPC01", "echo", "here"}
 		})
 		awaitAll(t, client, calls)
+		<-came
 		broker.want(spell(calls[0].reply), "here")
 	}
 	ask(broker)
