@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -171,6 +172,9 @@ class _Connection:
     def __init__(self, endpoint):
         self.socket = _dealer(endpoint, 'brequest')
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        # It is also closed when nobody has it any more: the garbage collector would close
+        # the monitor before what it monitors.
+        self.close = weakref.finalize(self, self._close, self.socket, self.monitor)
         self.connected = self.lost = False
         self.socket.connect(endpoint)
 
@@ -181,10 +185,11 @@ class _Connection:
             elif self.connected:
                 self.lost = True
 
-    def close(self):
-        self.socket.disable_monitor()  # first: else ZeroMQ waits for it for ever
-        self.monitor.close(0)
-        self.socket.close(0)
+    @staticmethod
+    def _close(socket, monitor):
+        socket.disable_monitor()  # first: else ZeroMQ waits for it for ever
+        monitor.close(0)
+        socket.close(0)
 
 
 class BackboneClient:
