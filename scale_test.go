@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -22,6 +23,7 @@ func TestAtScale(t *testing.T) {
 		hold func(*testing.T)
 	}{
 		{"100 MiB pass unchanged and are held twice at most", hundredMebibytesPassUnchanged},
+		{"long replies are held twice at most on their way, the second too", longRepliesAreHeldTwiceAtMost},
 		{"open descriptors stay as many as they are", openDescriptorsStayAsManyAsTheyAre},
 		{"100,000 lines come out in order and take the memory of 1,000", manyLinesComeOutInOrderAndTakeLittleMemory},
 		{"lines survive workers that are killed, with --retries", linesSurviveKilledWorkers},
@@ -62,6 +64,31 @@ func hundredMebibytesPassUnchanged(t *testing.T) {
 	const payload = 100 << 20
 	if peak := int(request.ProcessState.SysUsage().(*syscall.Rusage).Maxrss) << 10; peak > payload*22/10 {
 		t.Errorf("brequest took %d MiB at its peak", peak>>20)
+	}
+}
+
+func longRepliesAreHeldTwiceAtMost(t *testing.T) {
+	const length = 100 << 20
+	s := newSite(t, "--heartbeat", "1s")
+	service := s.start("bservice", "--max-output", "100M", "long", "head", "-c", fmt.Sprint(length), "/dev/zero")
+	for range 2 {
+		request := exec.Command("brequest", "-n", "long")
+		request.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+		reply, err := request.Output()
+		if err != nil || len(reply) != length {
+			t.Fatalf("%d bytes came, %v", len(reply), err)
+		}
+	}
+	for name, p := range map[string]*running{"bbroker": s.broker, "bservice": service} {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, peak, _ := strings.Cut(string(status), "VmHWM:")
+		kib, err := strconv.Atoi(strings.Fields(peak)[0])
+		if err != nil || kib<<10 > length*22/10 {
+			t.Errorf("%s took %d MiB at its peak, %v", name, kib>>10, err)
+		}
 	}
 }
 

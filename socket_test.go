@@ -1,0 +1,80 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	zmq "github.com/pebbe/zmq4"
+)
+
+// A message goes through C in parts and with its short frames together. None of that may
+// show: here at the bounds of both.
+func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
+	raw, endpoint := bindPeer(t)
+	ours, err := newSocket(zmq.DEALER)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	if err := ours.watch(zmq.EVENT_CONNECTED); err != nil {
+		t.Fatal(err)
+	}
+	if err := ours.Connect(endpoint); err != nil {
+		t.Fatal(err)
+	}
+	bell := newThreadBell()
+	random := rand.NewChaCha8([32]byte{})
+	lengths := []int{0, 1, short - 1, short, short + 1, 0, short / 2, short / 2, 1 << 20, 33}
+	for _, count := range []int{1, 2, 15, 16, 17, 32, 100} {
+		for shift := range lengths {
+			t.Run(fmt.Sprintf("%d frames, the first of %d bytes", count, lengths[shift]), func(t *testing.T) {
+				message := make([][]byte, count)
+				for i := range message {
+					message[i] = make([]byte, lengths[(i+shift)%len(lengths)])
+					random.Read(message[i])
+				}
+				if err := ours.send(message); err != nil {
+					t.Fatal(err)
+				}
+				came, err := raw.RecvMessageBytes(0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				expectFrames(t, came[1:], message)
+
+				if _, err := raw.SendMessage(came); err != nil {
+					t.Fatal(err)
+				}
+				var back [][]byte
+				for end := time.Now().Add(10 * time.Second); back == nil && time.Now().Before(end); {
+					if _, _, err := bell.Wait(ours, end); err != nil {
+						t.Fatal(err)
+					}
+					if back, err = ours.receive(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				expectFrames(t, back, message)
+				for i := range back {
+					_ = append(back[i], "another frame's bytes?"...)
+				}
+				expectFrames(t, back, message)
+			})
+		}
+	}
+}
+
+func expectFrames(t *testing.T, got, want [][]byte) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Fatalf("%d frames came, not %d", len(got), len(want))
+	}
+	for i := range want {
+		if !bytes.Equal(got[i], want[i]) {
+			t.Fatalf("frame %d of %d bytes came as %d others", i, len(want[i]), len(got[i]))
+		}
+	}
+}
