@@ -65,14 +65,15 @@ static int put(uintptr_t socket, const char *data, const size_t *sizes, int coun
 enum { MESSAGE = 1, NEWS = 2, RING = 4 };
 
 // await waits for a message, for news of the monitor and for a bell, so many milliseconds.
-// socket is 0 where it need not be asked. It returns what there may be, or what errno is as a negative number.
+// socket is 0 where it need not be asked. It returns what there may be, or what errno is
+// as a negative number.
 static int await(uintptr_t socket, int fd, int monitor, int bell, int timeout) {
 	struct pollfd fds[] = {{fd, POLLIN, 0}, {monitor, POLLIN, 0}, {bell, POLLIN, 0}};
 	int events = 0, there = 0;
 	size_t size = sizeof events;
 	char ring;
 
-	// The descriptor does not tell of what was there before.
+	// The descriptor tells of what is new, not of what was there before.
 	while (socket && zmq_getsockopt((void *)socket, ZMQ_EVENTS, &events, &size) == -1)
 		if (errno != EINTR)
 			return -errno;
