@@ -275,8 +275,7 @@ func serve(stop context.Context, socket *socket, rules brokerRules, grace time.D
 			}
 			length := sizeOf(frames)
 			broker.Receive(frames, time.Now())
-			frames = nil // its room may be wanted for the next
-			freeIfLarge(length)
+			freeIfLarge(length) // its room may be wanted for the next
 		}
 	}
 }
@@ -437,7 +436,7 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 		default:
 			// It registered with another broker, this one before its restart perhaps, or
 			// was given up. DISCONNECT makes it register anew.
-			b.sendWorker(&worker{address: [][]byte{identity}}, Message{Kind: KindDisconnect})
+			b.sendWorker([][]byte{identity}, Message{Kind: KindDisconnect})
 		}
 		return
 	}
@@ -479,7 +478,7 @@ func (b *Broker) register(identity, name []byte) {
 	w := &worker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
 	if isOurs(name) {
 		b.warn("peer "+w.identity, "worker refused", "worker", w.identity, "service", string(name), "why", "the name is the broker's own")
-		b.sendWorker(w, Message{Kind: KindDisconnect})
+		b.sendWorker(w.address, Message{Kind: KindDisconnect})
 		return
 	}
 	b.log.Info("worker came", "worker", w.identity, "service", string(name))
@@ -534,7 +533,7 @@ func (b *Broker) give(r *request) bool {
 	s := r.service
 	for s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*worker)
-		err := b.sendWorker(w, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
+		err := b.sendWorker(w.address, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.lose(w, err)
 			continue
@@ -599,7 +598,7 @@ func (b *Broker) beat(w *worker) {
 	}
 	if w.silence > b.Liveness {
 		b.expel(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
-	} else if err := b.sendWorker(w, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
+	} else if err := b.sendWorker(w.address, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
 		b.lose(w, err) // one that would block is busy, and need not read
 	}
 	b.settle(w.service)
@@ -627,7 +626,7 @@ func (b *Broker) expire(s *service) {
 
 // expel disconnects a worker that broke the protocol or fell silent.
 func (b *Broker) expel(w *worker, why string) {
-	b.sendWorker(w, Message{Kind: KindDisconnect})
+	b.sendWorker(w.address, Message{Kind: KindDisconnect})
 	b.lose(w, errors.New(why))
 }
 
@@ -701,8 +700,8 @@ func (b *Broker) reply(client [][]byte, service []byte, body [][]byte) error {
 
 // sendWorker sends a message to a worker. An error means that the worker is unreachable,
 // or that it does not read.
-func (b *Broker) sendWorker(w *worker, m Message) error {
-	m.Address = w.address
+func (b *Broker) sendWorker(address [][]byte, m Message) error {
+	m.Address = address
 	return b.send(m.Frames())
 }
 
@@ -727,7 +726,7 @@ func (b *Broker) Drained() bool { return b.open == 0 }
 func (b *Broker) Stop() {
 	b.Drain()
 	for _, w := range b.workers {
-		b.sendWorker(w, Message{Kind: KindDisconnect})
+		b.sendWorker(w.address, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {
 			b.refuse(r, "the broker is shutting down; the request may have been done")
 		}

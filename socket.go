@@ -313,14 +313,11 @@ type threadBell struct {
 }
 
 func newThreadBell() *threadBell {
-	var ends [2]int
-	syscall.ForkLock.RLock()
-	err := syscall.Pipe(ends[:])
-	if err == nil {
-		syscall.CloseOnExec(ends[0])
-		syscall.CloseOnExec(ends[1])
-	}
-	syscall.ForkLock.RUnlock()
+	// os.Pipe would start Go's poller, which takes a request some of its time for nothing.
+	ends, err := uninherited(func() ([]int, error) {
+		ends := make([]int, 2)
+		return ends, syscall.Pipe(ends)
+	})
 	if err != nil {
 		return &threadBell{err: fmt.Errorf("open a pipe: %w", err)}
 	}
@@ -329,6 +326,20 @@ func newThreadBell() *threadBell {
 		b.pipe[i] = os.NewFile(uintptr(end), "bell")
 	}
 	return b
+}
+
+// uninherited returns what open opens, as descriptors that no command inherits.
+func uninherited(open func() ([]int, error)) ([]int, error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	opened, err := open()
+	if err != nil {
+		return nil, err
+	}
+	for _, fd := range opened {
+		syscall.CloseOnExec(fd)
+	}
+	return opened, nil
 }
 
 // Ring ends the current Wait, or else the next. Any goroutine may call it.
@@ -399,17 +410,15 @@ func (b *bell) hear(s *socket) error {
 
 // onNews calls ring whenever a descriptor is readable anew, until the socket is closed.
 func (s *socket) onNews(fd C.int, ring func()) error {
-	// A copy, since the original is ZeroMQ's to close, and one that no command inherits.
-	syscall.ForkLock.RLock()
-	copied, err := syscall.Dup(int(fd))
-	if err == nil {
-		syscall.CloseOnExec(copied)
-	}
-	syscall.ForkLock.RUnlock()
+	// A copy, since the original is ZeroMQ's to close.
+	copied, err := uninherited(func() ([]int, error) {
+		copied, err := syscall.Dup(int(fd))
+		return []int{copied}, err
+	})
 	if err != nil {
 		return err
 	}
-	file := os.NewFile(uintptr(copied), "ZMQ_FD")
+	file := os.NewFile(uintptr(copied[0]), "ZMQ_FD")
 	s.copies = append(s.copies, file)
 	conn, err := file.SyscallConn()
 	if err != nil {

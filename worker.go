@@ -289,10 +289,9 @@ func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
 		}
 		select {
 		case reply := <-replies:
-			session.Finish(reply)
 			length := sizeOf(reply)
-			reply = nil // its room may be wanted for the next
-			freeIfLarge(length)
+			session.Finish(reply)
+			freeIfLarge(length) // its room may be wanted for the next
 		default:
 		}
 
