@@ -157,10 +157,31 @@ func doWhatItSays(_ string, body [][]byte) [][]byte {
 	case "throw":
 		return statusReply(nil, []byte("RangeError: boom\n"), 1)
 	case "late":
-		time.Sleep(600 * time.Millisecond)
+		if gate, err := os.Open(string(body[1])); err == nil {
+			gate.Close()
+		}
 		return frames("late")
 	}
 	return body
+}
+
+// late is a request that the service of any language answers once release was called.
+func (s *site) late() (request []string, release func()) {
+	s.t.Helper()
+	gate := filepath.Join(s.t.TempDir(), "gate")
+	if err := syscall.Mkfifo(gate, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	release = sync.OnceFunc(func() {
+		writer, err := os.OpenFile(gate, os.O_RDWR, 0)
+		if err != nil {
+			s.t.Error(err)
+			return
+		}
+		s.t.Cleanup(func() { writer.Close() })
+	})
+	s.t.Cleanup(release) // the service waits for it
+	return []string{"late", gate}, release
 }
 
 // A question is one for a client of testdata/peers, and an outcome what it tells.
@@ -285,7 +306,9 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 				}
 				expect(20, [][]string{{"fail"}, {"throw"}},
 					"StatusError 3 6f7574ff 6572720a", "StatusError 1  "+hexes([]string{boom + ": boom\n"})[0])
-				expect(0.3, [][]string{{"late"}}, "RequestTimeout 124")
+				late, release := s.late()
+				expect(0.3, [][]string{late}, "RequestTimeout 124")
+				release()
 
 				hundreds := [][]string{}
 				for i := range 200 {
@@ -313,22 +336,26 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 func TestLateReplyOfOneRequestIsNotTheNextOnesInAnyLanguage(t *testing.T) {
 	programs := map[string]string{
 		"python": `
+import os, sys
 from backbone import *
 with BackboneClient() as client:
-    try: client.send('peer', 'late', 0.3)
+    try: client.send('peer', sys.argv[1:], 0.3)
     except RequestTimeout as error: print(type(error).__name__)
+    os.open(sys.argv[2], os.O_RDWR)
     print(client.send('peer', 'second', 10))`,
 		"javascript": `
 const { BackboneClient } = require('backbone');
 const client = new BackboneClient();
 client.connect()
-  .then(() => client.send('peer', 'late', 300)).catch(error => console.log(error.name))
+  .then(() => client.send('peer', process.argv.slice(1), 300)).catch(error => console.log(error.name))
+  .then(() => require('fs').openSync(process.argv[2], 'r+'))
   .then(() => client.send('peer', 'second', 10000)).then(console.log);`,
 	}
 	inEachLanguage(t, func(t *testing.T, language string) {
 		s := newSite(t, "--heartbeat", "1s")
 		s.serve("go")
-		if output, err := s.text(language, programs[language]).Output(); err != nil || string(output) != "RequestTimeout\nsecond\n" {
+		late, _ := s.late() // which the program lets come when it has given up
+		if output, err := s.text(language, programs[language], late...).Output(); err != nil || string(output) != "RequestTimeout\nsecond\n" {
 			t.Errorf("it prints %q, %v", output, err)
 		}
 	})

@@ -1,11 +1,14 @@
 // A service written with backbone.js that does what its requests say.
+const { open } = require('fs');
 const { BackboneService, StatusError } = require('backbone');
 
 function on_request(message, reply) {
   const wish = String(message[0]);
   if (wish === 'fail') throw new StatusError(3, Buffer.from('out\xff', 'latin1'), 'err\n');
   if (wish === 'throw') return Promise.reject(new RangeError('boom'));
-  if (wish === 'late') {
+  if (wish === 'late' && message.length > 1) { // as late as the gate is opened
+    open(message[1], 'r', () => reply('late'));
+  } else if (wish === 'late') {
     setTimeout(reply, 600, ['late']);
   } else if (wish === 'twice') {
     reply('first');

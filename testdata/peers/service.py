@@ -13,7 +13,9 @@ def on_request(message, reply):
         raise StatusError(3, b'out\xff', b'err\n')
     if wish == b'throw':
         raise ValueError('boom')
-    if wish == b'late':  # and not in this thread
+    if wish == b'late' and len(message) > 1:  # as late as the gate is opened
+        threading.Thread(target=lambda: (open(message[1]).close(), reply(b'late'))).start()
+    elif wish == b'late':  # and not in this thread
         threading.Timer(0.6, reply, [[b'late']]).start()
     elif wish == b'twice':
         reply(b'first')
