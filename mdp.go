@@ -204,3 +204,19 @@ func parseStatusReply(body [][]byte) (stdout, stderr []byte, status int, ok bool
 	}
 	return nil, nil, 0, false
 }
+
+func framesOf(texts []string) [][]byte {
+	var frames [][]byte
+	for _, text := range texts {
+		frames = append(frames, []byte(text))
+	}
+	return frames
+}
+
+func sizeOf(body [][]byte) size {
+	n := 0
+	for _, frame := range body {
+		n += len(frame)
+	}
+	return size(n)
+}

@@ -91,16 +91,13 @@ static int await(uintptr_t socket, int fd, int monitor, int bell, int timeout) {
 import "C"
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"net"
 	"os"
 	"reflect"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -141,46 +138,6 @@ func newSocket(kind zmq.Type) (*socket, error) {
 	s.fd = C.int(fd)
 	return s, nil
 }
-
-// setTransport sets what both ends of a connection want.
-func setTransport(socket *socket, endpoint string) error {
-	return errors.Join(
-		// Hosts vanish without a word; keepalive finds out within two minutes.
-		socket.SetTcpKeepalive(1),
-		socket.SetTcpKeepaliveIdle(60),
-		socket.SetTcpKeepaliveIntvl(10),
-		socket.SetTcpKeepaliveCnt(6),
-		// Not by default: names would resolve to IPv6 addresses first.
-		socket.SetIpv6(strings.Contains(endpoint, "[")),
-	)
-}
-
-// lookUp puts an address in the place of a host's name. ZeroMQ would do so where it
-// connects, but by glibc's means, which a static binary has not; and it would not tell
-// of a name that there is not.
-func lookUp(ctx context.Context, endpoint string) (string, error) {
-	hostPort, isTCP := strings.CutPrefix(endpoint, "tcp://")
-	host, port, err := net.SplitHostPort(hostPort)
-	// What is malformed, or has a source address, is ZeroMQ's to judge.
-	if !isTCP || err != nil || net.ParseIP(host) != nil || strings.ContainsAny(host, ";*%") {
-		return endpoint, nil
-	}
-	addresses, err := net.DefaultResolver.LookupIPAddr(ctx, host)
-	if dns := (*net.DNSError)(nil); errors.As(err, &dns) {
-		return "", &failure{status: exitUnavailable, err: fmt.Errorf("look up %s: %w", host, noHost(dns.Err)), hint: "is that the name of the broker's host?"}
-	}
-	if err != nil {
-		return "", err
-	}
-	// IPv4 first, as the broker listens unless it is told otherwise.
-	address := addresses[max(0, slices.IndexFunc(addresses, func(a net.IPAddr) bool { return a.IP.To4() != nil }))]
-	return "tcp://" + net.JoinHostPort(address.String(), port), nil
-}
-
-// noHost is why a name has no address, for now at least.
-type noHost string
-
-func (n noHost) Error() string { return string(n) }
 
 // errWouldBlock is what send returns when nothing was sent, for want of a peer that is
 // connected and has read enough of what it got before.
