@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -14,27 +13,6 @@ import (
 
 	zmq "github.com/pebbe/zmq4"
 )
-
-// serveOnce lets a raw broker answer the next request with what reply makes of it. It
-// returns the request when it was answered. It knows nothing of mmi.cancel.
-func serveOnce(broker peer, reply func(request []string) []string) <-chan []string {
-	came := make(chan []string, 1)
-	broker.aside(func() {
-		request, err := broker.RecvMessageBytes(0)
-		for err == nil && string(request[3]) == "mmi.cancel" {
-			request, err = broker.RecvMessageBytes(0)
-		}
-		if err != nil {
-			close(came)
-			return
-		}
-		if answer := reply(spell(request)); answer != nil {
-			broker.SendMessage(frames(answer...))
-		}
-		came <- spell(request)
-	})
-	return came
-}
 
 func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 	broker, endpoint := bindPeer(t)
@@ -213,39 +191,6 @@ func TestClientRefusesWhatIsNoReply(t *testing.T) {
 				t.Errorf("got %q, %v", reply, err)
 			}
 		})
-	}
-}
-
-// newBatchClient makes a client for many requests at once.
-func newBatchClient(t *testing.T, endpoint string) *Client {
-	client := NewClient(context.Background(), endpoint)
-	client.plain = false
-	t.Cleanup(client.Disconnect)
-	return client
-}
-
-// begin begins a request for each body.
-func begin(client *Client, timeout time.Duration, bodies ...string) []*call {
-	var calls []*call
-	for _, body := range bodies {
-		r := &call{service: "echo", body: frames(body), timeout: timeout}
-		client.Begin(r)
-		calls = append(calls, r)
-	}
-	return calls
-}
-
-// awaitAll waits until all of the requests have ended.
-func awaitAll(t *testing.T, client *Client, calls []*call) {
-	t.Helper()
-	limit := time.Now().Add(20 * time.Second)
-	for slices.ContainsFunc(calls, func(r *call) bool { return !r.ended }) {
-		if _, err := client.Await(limit); err != nil {
-			t.Fatal(err)
-		}
-		if time.Now().After(limit) {
-			t.Fatal("some requests do not end")
-		}
 	}
 }
 
@@ -499,21 +444,6 @@ func TestOneFrameIsPrintedAsItIsAndSeveralOneALine(t *testing.T) {
 			}
 		})
 	}
-}
-
-// fileWith opens a file with that content, at its beginning.
-func fileWith(t *testing.T, content string) *os.File {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	file, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { file.Close() })
-	return file
 }
 
 // BenchmarkRoundTrip is a request through a broker to a service and back, all of them

@@ -157,3 +157,37 @@ func workExample(t *testing.T, text string, env []string) {
 		t.Errorf("it prints\n%s\n%v, instead of\n%s", got, err, strings.Join(want, ""))
 	}
 }
+
+func TestHelpNamesEveryFlagAndNoOther(t *testing.T) {
+	for _, a := range applets() {
+		t.Run(a.name, func(t *testing.T) {
+			flags := flagsOf(t, a)
+			// A line that documents flags starts with them; the examples do not.
+			var documented []string
+			for line := range strings.Lines(a.usage) {
+				if strings.HasPrefix(strings.TrimLeft(line, " "), "-") {
+					spec, _, _ := strings.Cut(strings.TrimLeft(line, " "), "  ")
+					documented = append(documented, regexp.MustCompile(`--?[a-z0-9][a-z-]*`).FindAllString(spec, -1)...)
+				}
+			}
+			slices.Sort(documented)
+			if !slices.Equal(flags, documented) {
+				t.Errorf("the flags are\n%q, the help has\n%q", flags, documented)
+			}
+		})
+	}
+}
+
+func TestHelpFitsTwoScreens(t *testing.T) {
+	for _, a := range applets() {
+		lines := strings.Split(a.usage, "\n")
+		if len(lines) > 64 {
+			t.Errorf("%s --help has %d lines", a.name, len(lines))
+		}
+		for _, line := range lines {
+			if len(line) > 88 {
+				t.Errorf("%s --help has a line of %d: %s", a.name, len(line), line)
+			}
+		}
+	}
+}

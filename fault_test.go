@@ -1,20 +1,14 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"regexp"
-	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,165 +20,6 @@ import (
 
 // Faults, on real processes: what is promised of the broker must hold when workers,
 // clients and the broker itself are killed, stopped or hostile.
-
-// A running tool is one of ours that a test started.
-type running struct {
-	*exec.Cmd
-	t     testing.TB
-	lines chan string // of its standard error; the test may look or not
-	ended chan struct{}
-}
-
-// start runs a tool until the end of the test, in dir, with the broker at endpoint.
-func start(t testing.TB, dir, endpoint, name string, args ...string) *running {
-	t.Helper()
-	p := &running{Cmd: exec.Command(name, args...), t: t, lines: make(chan string, 1<<16), ended: make(chan struct{})}
-	p.Dir = dir
-	p.Env = append(os.Environ(), "BACKBONE_BROKER="+endpoint, "GORACE=atexit_sleep_ms=0")
-	stderr, err := p.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		scanLines(stderr, func(line string) {
-			select {
-			case p.lines <- line:
-			default:
-			}
-		})
-		p.Wait()
-		close(p.ended)
-	}()
-	t.Cleanup(func() {
-		p.Process.Kill()
-		<-p.ended
-	})
-	return p
-}
-
-// says waits for a line of the process's standard error that matches, n times.
-func (p *running) says(n int, pattern string) {
-	p.t.Helper()
-	match := regexp.MustCompile(pattern)
-	for deadline := time.After(20 * time.Second); n > 0; {
-		select {
-		case line := <-p.lines:
-			if match.MatchString(line) {
-				n--
-			}
-		case <-deadline:
-			p.t.Fatalf("%v never said %q", p.Args, pattern)
-		}
-	}
-}
-
-// signal sends a signal to the process and nobody else.
-func (p *running) signal(s syscall.Signal) {
-	p.t.Helper()
-	if err := p.Process.Signal(s); err != nil {
-		p.t.Fatal(err)
-	}
-}
-
-// status waits for the end of the process.
-func (p *running) status() int {
-	p.t.Helper()
-	select {
-	case <-p.ended:
-	case <-time.After(20 * time.Second):
-		p.t.Fatalf("%v does not end", p.Args)
-	}
-	return exitStatus(p.ProcessState)
-}
-
-// A site is a folder with a broker at an ipc endpoint in it.
-type site struct {
-	t             testing.TB
-	dir, endpoint string
-	broker        *running
-}
-
-// bareSite has no broker yet.
-func bareSite(t testing.TB) *site {
-	dir := t.TempDir()
-	return &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
-}
-
-func newSite(t testing.TB, flags ...string) *site {
-	t.Helper()
-	s := bareSite(t)
-	s.broker = s.start("bbroker", append([]string{"--heartbeat", "100ms"}, flags...)...)
-	return s
-}
-
-func (s *site) start(name string, args ...string) *running {
-	s.t.Helper()
-	return start(s.t, s.dir, s.endpoint, name, args...)
-}
-
-// service starts a service whose command is a line of shell, with heartbeats to match
-// the broker's. It returns when the service is ready.
-func (s *site) service(name, line string) *running {
-	s.t.Helper()
-	p := s.start("bservice", "--heartbeat", "100ms", name, "sh", "-c", line, "sh")
-	p.says(1, "is ready")
-	return p
-}
-
-// ask sends a request with a client of its own.
-func (s *site) ask(name string, body ...string) ([]string, error) {
-	client := NewClient(context.Background(), s.endpoint)
-	defer client.Disconnect()
-	reply, err := client.Send(name, frames(body...), 20*time.Second)
-	return spell(reply), err
-}
-
-func (s *site) expect(name string, body []string, want ...string) {
-	s.t.Helper()
-	if reply, err := s.ask(name, body...); err != nil || !slices.Equal(reply, want) {
-		s.t.Fatalf("%s %q replied %q, %v, want %q", name, body, reply, err, want)
-	}
-}
-
-// metric reads a figure of the broker's.
-func (s *site) metric(name string) int {
-	s.t.Helper()
-	reply, err := s.ask("mmi.metrics")
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	match := regexp.MustCompile(`(?m)^` + name + ` (\d+)$`).FindStringSubmatch(reply[0])
-	if match == nil {
-		s.t.Fatalf("no metric %s in %q", name, reply)
-	}
-	value, _ := strconv.Atoi(match[1])
-	return value
-}
-
-// becomes waits until a figure of the broker's is what it should be.
-func (s *site) becomes(name string, want int) {
-	s.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; {
-		got := s.metric(name)
-		if got == want {
-			return
-		}
-		if time.Now().After(deadline) {
-			s.t.Fatalf("%s is %d, want %d", name, got, want)
-		}
-	}
-}
-
-// runs are the lines that commands left in the file of that name, in order of letters.
-func (s *site) runs(name string) []string {
-	content, _ := os.ReadFile(filepath.Join(s.dir, name))
-	lines := strings.Fields(string(content))
-	slices.Sort(lines)
-	return lines
-}
 
 func TestIdleWorkerThatIsKilledIsMissedByNobody(t *testing.T) {
 	s := newSite(t)
@@ -199,38 +34,6 @@ func TestIdleWorkerThatIsKilledIsMissedByNobody(t *testing.T) {
 	}
 	if lost, replies := s.metric("backbone_lost_workers_total"), s.metric("backbone_replies_total"); lost != 1 || replies != 20 {
 		t.Errorf("%d workers were lost and %d replies came, want 1 and 20", lost, replies)
-	}
-}
-
-// hang is a command that tells of each run and then works until a file "go" is there.
-const hang = `echo "$1" >>runs; while [ ! -e go ]; do read x <tick; done; printf done`
-
-// newHangSite is a site for commands that hang until release is called.
-func newHangSite(t *testing.T, flags ...string) (s *site, release func()) {
-	s = newSite(t, flags...)
-	tick := filepath.Join(s.dir, "tick")
-	if err := syscall.Mkfifo(tick, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	release = sync.OnceFunc(func() {
-		os.WriteFile(filepath.Join(s.dir, "go"), nil, 0o600)
-		// Whoever reads the fifo now gets its end; who comes later does not read.
-		if f, err := os.OpenFile(tick, os.O_WRONLY|syscall.O_NONBLOCK, 0); err == nil {
-			f.Close()
-		}
-	})
-	t.Cleanup(release)
-	return s, release
-}
-
-// started waits until there are so many runs.
-func (s *site) started(n int) {
-	s.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); len(s.runs("runs")) < n; {
-		if time.Now().After(deadline) {
-			s.t.Fatalf("%d commands run, want %d", len(s.runs("runs")), n)
-		}
-		runtime.Gosched()
 	}
 }
 
@@ -522,30 +325,6 @@ func TestSecondSignalEndsTheBrokerAtOnce(t *testing.T) {
 	}
 }
 
-// zmtp opens a connection and shakes hands as a DEALER, without libzmq: ZMTP 3.0,
-// mechanism NULL.
-func zmtp(address string) (net.Conn, error) {
-	conn, err := net.Dial("tcp", address)
-	if err != nil {
-		return nil, err
-	}
-	greeting := make([]byte, 64)
-	greeting[0], greeting[9], greeting[10] = 0xff, 0x7f, 3
-	copy(greeting[12:], "NULL")
-	ready := "\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
-	conn.Write(greeting)
-	if _, err := io.ReadFull(conn, make([]byte, len(greeting))); err != nil {
-		return nil, err
-	}
-	conn.Write(append([]byte{4, byte(len(ready))}, ready...))
-	theirs := make([]byte, 2)
-	if _, err := io.ReadFull(conn, theirs); err != nil {
-		return nil, err
-	}
-	_, err = io.ReadFull(conn, make([]byte, theirs[1]))
-	return conn, err
-}
-
 func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 	dir := t.TempDir()
 	broker := exec.Command("bbroker", "--port", "0", "--max-message", "64K", "--heartbeat", "100ms")
@@ -691,25 +470,5 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 	}
 	if t.Failed() {
 		t.Log(log.String())
-	}
-}
-
-// memory is that of a process, as the field of /proc/PID/status has it, in bytes, and 0
-// where there is none.
-func memory(t *testing.T, pid int, field string) int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0
-	}
-	match := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
-	kilobytes, _ := strconv.Atoi(string(match[1]))
-	return kilobytes << 10
-}
-
-func scanLines(r io.Reader, each func(string)) {
-	scanner := bufio.NewScanner(r)
-	for scanner.Scan() {
-		each(scanner.Text())
 	}
 }

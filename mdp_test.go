@@ -8,24 +8,6 @@ import (
 	"testing"
 )
 
-// frames makes a message of its frames, spelled out as they are on the wire.
-func frames(spelled ...string) [][]byte {
-	message := make([][]byte, len(spelled))
-	for i, frame := range spelled {
-		message[i] = []byte(frame)
-	}
-	return message
-}
-
-// spell is the inverse of frames.
-func spell(message [][]byte) []string {
-	spelled := make([]string, len(message))
-	for i, frame := range message {
-		spelled[i] = string(frame)
-	}
-	return spelled
-}
-
 // The messages of RFC 7 with address stacks, as Parse must take them and Frames give them back.
 var wellFormed = []struct {
 	name    string

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"errors"
+	"slices"
+	"testing"
+	"time"
+)
+
+func TestFlagsBeatTheEnvironmentAndEndpointsBeatHostAndPort(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		env   map[string]string
+		flags commonFlags
+		want  string
+	}{
+		{"defaults", nil, commonFlags{}, "tcp://127.0.0.1:5555"},
+		{"host", nil, commonFlags{Host: "build"}, "tcp://build:5555"},
+		{"port", nil, commonFlags{Port: "6000"}, "tcp://127.0.0.1:6000"},
+		{"IPv6", nil, commonFlags{Host: "::1"}, "tcp://[::1]:5555"},
+		{"IPv6 in brackets", nil, commonFlags{Host: "[::1]"}, "tcp://[::1]:5555"},
+		{"endpoint", nil, commonFlags{Broker: []string{"ipc:///b"}, Host: "h", Port: "1"}, "ipc:///b"},
+		{"environment", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{}, "tcp://h:1"},
+		{"half of it", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"endpoint of the environment", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{}, "ipc:///b"},
+		{"flag against it", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"empty environment", map[string]string{"BROKER": "", "HOST": "", "PORT": ""}, commonFlags{}, "tcp://127.0.0.1:5555"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			for _, name := range []string{"BROKER", "HOST", "PORT"} {
+				t.Setenv("BACKBONE_"+name, test.env[name])
+			}
+			if got, err := test.flags.endpoint(); err != nil || got != test.want {
+				t.Errorf("got %q, %v, want %q", got, err, test.want)
+			}
+		})
+	}
+}
+
+func TestWrongEndpointsAreWrongUsage(t *testing.T) {
+	for _, flags := range []commonFlags{
+		{Port: "http"}, {Port: "65536"}, {Port: "-1"},
+		{Broker: []string{"localhost:5555"}}, {Broker: []string{"inproc://x"}},
+		{Broker: []string{"ipc:///a", "ipc:///b"}},
+	} {
+		var f *failure
+		if got, err := flags.endpoint(); !errors.As(err, &f) || f.status != exitUsage || f.hint == "" {
+			t.Errorf("%+v: got %q, %v, want wrong usage with a hint", flags, got, err)
+		}
+	}
+}
+
+func TestDurationsHaveUnitsOrAreSeconds(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"5": 5 * time.Second, "0": 0, "0.5": 500 * time.Millisecond, "1.5s": 1500 * time.Millisecond,
+		"500ms": 500 * time.Millisecond, "2m": 2 * time.Minute, "1h30m": 90 * time.Minute,
+	} {
+		if got, err := parseTimeout(t, text); err != nil || got != want {
+			t.Errorf("%s is %v, %v, want %v", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "x", "5x", "-1", "-1s", "nan", "inf", "1e300", "1e3"} {
+		if got, err := parseTimeout(t, text); err == nil {
+			t.Errorf("%q is %v, want an error", text, got)
+		}
+	}
+}
+
+func TestSizesAreBytesOrHaveUnits(t *testing.T) {
+	parse := func(text string) (size, error) {
+		var tool brokerTool
+		parser, err := newParser(&tool)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = parser.Parse([]string{"--max-message=" + text})
+		return tool.MaxMessage, err
+	}
+	for text, want := range map[string]size{"1": 1, "1000": 1000, "64K": 65536, "256M": 256 << 20, "2G": 2 << 30} {
+		if got, err := parse(text); err != nil || got != want {
+			t.Errorf("%s is %d, %v, want %d", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "0", "-1", "K", "1k", "1KB", "1.5G", "x", "9999999999999G", "1K2"} {
+		if got, err := parse(text); err == nil {
+			t.Errorf("%q is %d, want an error", text, got)
+		}
+	}
+}
+
+func parseTimeout(t *testing.T, text string) (time.Duration, error) {
+	t.Helper()
+	var tool requestTool
+	parser, err := newParser(&tool)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = parser.Parse([]string{"--timeout=" + text, "name"})
+	return time.Duration(tool.Timeout), err
+}
+
+func TestFlagsEndAtTheFirstArgument(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		name string
+		rest operands
+	}{
+		{[]string{"svc"}, "svc", nil},
+		{[]string{"-n", "svc", "-q", "a", "-x"}, "svc", operands{"a", "-x"}},
+		{[]string{"svc", "--", "-l"}, "svc", operands{"-l"}},
+		{[]string{"svc", "--"}, "svc", operands{}},
+		{[]string{"svc", "--", "--", "-l"}, "svc", operands{"--", "-l"}},
+		{[]string{"svc", "a", "--", "b"}, "svc", operands{"a", "--", "b"}},
+		{[]string{"--", "svc", "-l"}, "svc", operands{"-l"}},
+		{[]string{"--", "svc", "--", "-l"}, "svc", operands{"--", "-l"}},
+		{[]string{"svc", "-", "-n"}, "svc", operands{"-", "-n"}},
+		{[]string{"svc", "", "x"}, "svc", operands{"", "x"}},
+		{[]string{"s\xff", "\xfe"}, "s\xff", operands{"\xfe"}},
+	} {
+		var tool requestTool
+		parser, err := newParser(&tool)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = parser.Parse(test.args)
+		if err != nil || tool.Name != test.name || !slices.Equal(tool.Args, test.rest) {
+			t.Errorf("%q: %q asks %q, %v", test.args, tool.Name, tool.Args, err)
+		}
+	}
+}

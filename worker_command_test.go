@@ -1,0 +1,404 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// testCommand runs a command by the rules that bservice has without flags.
+func testCommand(command ...string) *CmdService {
+	return &CmdService{
+		Name:         "svc",
+		Endpoint:     "tcp://broker:5555",
+		Command:      command,
+		Now:          context.Background(),
+		commandRules: commandRules{KillAfter: duration(2 * time.Second), MaxOutput: 64 << 20, Stderr: "log"},
+	}
+}
+
+func TestFramesBecomeArgumentsByteForByte(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		command []string
+		body    [][]byte
+		argv    []string
+	}{
+		{"none", []string{"ls"}, nil, []string{"ls"}},
+		{"at the end", []string{"ls", "-l"}, frames("a b", "", "$x;`y`", "\xff\n"),
+			[]string{"ls", "-l", "a b", "", "$x;`y`", "\xff\n"}},
+		{"in the place of {}", []string{"cp", "{}", "/dest"}, frames("a", "b"), []string{"cp", "a", "b", "/dest"}},
+		{"nothing in the place of {}", []string{"cp", "{}", "/dest"}, nil, []string{"cp", "/dest"}},
+		{"{} that does not stand alone", []string{"echo", "<{}>"}, frames("a"), []string{"echo", "<{}>", "a"}},
+		{"a {} of the request", []string{"echo"}, frames("{}"), []string{"echo", "{}"}},
+		{"a command named {}", []string{"{}"}, frames("a"), []string{"{}", "a"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := CmdService{Command: test.command}
+			argv, err := c.argv(test.body)
+			if err != nil || !reflect.DeepEqual(argv, test.argv) {
+				t.Errorf("argv(%q) = %q, %v, want %q", test.body, argv, err, test.argv)
+			}
+		})
+	}
+}
+
+func TestCommandsEndInTheReplyThatTheyDeserve(t *testing.T) {
+	dir := t.TempDir()
+	plain := filepath.Join(dir, "plain")
+	if err := os.WriteFile(plain, []byte("not executable"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		name    string
+		command []string
+		body    [][]byte
+		want    []string // of a status reply's standard error, the beginning is enough
+	}{
+		{"success", []string{"printf", `a\000\377`}, nil, []string{"a\x00\xff"}},
+		{"success in silence", []string{"true"}, nil, []string{""}},
+		{"empty standard input", []string{"cat"}, nil, []string{""}},
+		{"environment", []string{"sh", "-c", "printf %s $BACKBONE_SERVICE"}, nil, []string{"svc"}},
+		{"failure", []string{"sh", "-c", "printf out; printf err >&2; exit 3"}, nil, []string{"out", "err", "exit status 3"}},
+		{"killed", []string{"sh", "-c", "kill -9 $$"}, nil, []string{"", "", "exit status 137"}},
+		{"not found", []string{"no-such-command"}, nil, []string{"", "bservice: svc: ", "exit status 127"}},
+		{"no such file", []string{"/no/such/file"}, nil, []string{"", "bservice: svc: ", "exit status 127"}},
+		{"not executable", []string{plain}, nil, []string{"", "bservice: svc: ", "exit status 126"}},
+		{"NUL byte", []string{"echo"}, frames("a", "b\x00c"), []string{"", "bservice: svc: frame 2 holds a NUL byte", "exit status 126"}},
+		{"too long", []string{"echo"}, [][]byte{make([]byte, 0), []byte(strings.Repeat("x", 1<<20))},
+			[]string{"", "bservice: svc: ", "exit status 126"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := testCommand(test.command...)
+			got := spell(c.Handle("token", test.body))
+			if len(got) == 3 && len(test.want) == 3 {
+				got[1] = got[1][:min(len(got[1]), len(test.want[1]))]
+			}
+			if !reflect.DeepEqual(got, test.want) {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestCommandKnowsItsServiceAndItsRequest(t *testing.T) {
+	c := testCommand("sh", "-c", `printf '%s %s %s %s' "$BACKBONE_SERVICE" "$BACKBONE_ENDPOINT" "$BACKBONE_REQUEST" "$GREETING in $PWD"`)
+	c.Env = []string{"GREETING=hello"}
+	c.Cwd = "/"
+	if got := spell(c.Handle("abc.1", nil)); !reflect.DeepEqual(got, []string{"svc tcp://broker:5555 abc.1 hello in /"}) {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestLastFrameIsTheStandardInputWhereAskedFor(t *testing.T) {
+	c := testCommand("sh", "-c", `cat; printf ' %s' "$@"`, "sh")
+	c.Stdin = true
+	for _, test := range []struct {
+		body []string
+		want string
+	}{
+		{nil, " "},
+		{[]string{"in\x00\xff\n"}, "in\x00\xff\n "},
+		{[]string{"a", "b", "in"}, "in a b"},
+		{[]string{"a", ""}, " a"},
+	} {
+		if got := spell(c.Handle("token", frames(test.body...))); !reflect.DeepEqual(got, []string{test.want}) {
+			t.Errorf("%q: got %q, want %q", test.body, got, test.want)
+		}
+	}
+}
+
+func TestCommandNeedNotReadItsStandardInput(t *testing.T) {
+	c := testCommand("echo", "done")
+	c.Stdin = true
+	if got := spell(c.Handle("token", [][]byte{make([]byte, 1<<22)})); !reflect.DeepEqual(got, []string{"done\n"}) {
+		t.Errorf("got %.99q", got)
+	}
+}
+
+func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
+	const fine, wrong = "echo 1; echo 2 >&2; echo 3", "echo 1; echo 2 >&2; echo 3; exit 4"
+	for _, test := range []struct {
+		stderr, line string
+		log          string
+		want         []string
+	}{
+		{"log", fine, "2\n", []string{"1\n3\n"}},
+		{"log", wrong, "2\n", []string{"1\n3\n", "2\n", "exit status 4"}},
+		{"reply", fine, "", []string{"1\n3\n", "2\n", "exit status 0"}},
+		{"reply", wrong, "", []string{"1\n3\n", "2\n", "exit status 4"}},
+		{"merge", fine, "", []string{"1\n2\n3\n"}},
+		{"merge", wrong, "", []string{"1\n2\n3\n", "", "exit status 4"}},
+	} {
+		c := testCommand("sh", "-c", test.line)
+		c.Stderr = test.stderr
+		var got []string
+		log := ours(t, func() { got = spell(c.Handle("token", nil)) })
+		if !reflect.DeepEqual(got, test.want) || log != test.log {
+			t.Errorf("--stderr %s, %s: got %q and the log %q, want %q and %q", test.stderr, test.line, got, log, test.want, test.log)
+		}
+	}
+}
+
+func TestFailureTellsTheEndOfALongStandardError(t *testing.T) {
+	c := testCommand("sh", "-c", "seq 1 100000 >&2; exit 1")
+	var got [][]byte
+	log := ours(t, func() { got = c.Handle("token", nil) })
+	if stderr := string(got[1]); len(stderr) < 64<<10 || len(stderr) > 128<<10 || !strings.HasSuffix(log, stderr) {
+		t.Errorf("%d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
+	}
+}
+
+func TestOutputBeyondItsBoundEndsTheCommand(t *testing.T) {
+	for _, test := range []struct{ stderr, line string }{
+		{"log", "yes"},
+		{"merge", "yes >&2"},
+		{"reply", "yes >&2"},
+	} {
+		c := testCommand("sh", "-c", test.line)
+		c.MaxOutput, c.Stderr = 1000, test.stderr
+		got := spell(c.Handle("token", nil))
+		if len(got) != 3 || len(got[0])+len(got[1]) > 1200 || got[2] != "exit status 74" ||
+			!strings.Contains(got[1], "bservice: svc: ended, since it printed more than --max-output 1000 bytes\n") {
+			t.Errorf("--stderr %s: %.1500q", test.stderr, got)
+		}
+	}
+}
+
+func TestEndedCommandTakesItsGroupAlong(t *testing.T) {
+	for _, test := range []struct {
+		name, line string
+		status     string
+	}{
+		{"both heed SIGTERM", `sleep 1000 3>"$0" & wait`, "exit status 143"},
+		{"both ignore it", `trap "" TERM; sleep 1000 3>"$0" & wait`, "exit status 137"},
+		{"the child ignores it and holds the output", `(trap "" TERM; exec sleep 1000 3>"$0") & wait`, "exit status 143"},
+		{"the child ignores it and holds no output", `(trap "" TERM; exec sleep 1000 3>"$0" >&3 2>&3) & wait`, "exit status 143"},
+		{"the child outlives the command", `trap "exit 0" TERM; (trap "" TERM; exec sleep 1000 3>"$0") & wait`, ""},
+	} {
+		for _, timeout := range []bool{false, true} {
+			t.Run(fmt.Sprint(test.name, "/timeout=", timeout), func(t *testing.T) {
+				now, end := context.WithCancel(context.Background())
+				defer end()
+				fifo := newFifo(t)
+				c := testCommand("sh", "-c", test.line, fifo)
+				c.Now, c.KillAfter = now, duration(100*time.Millisecond)
+				if timeout {
+					limit := duration(500 * time.Millisecond)
+					c.Timeout, test.status = &limit, "exit status 124"
+				}
+				ended := make(chan [][]byte)
+				go func() { ended <- c.Handle("token", nil) }()
+				// The child holds it open until it dies.
+				reader, err := os.Open(fifo)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer reader.Close()
+				if !timeout {
+					end()
+				}
+				got := spell(<-ended)
+				if last := got[len(got)-1]; last != test.status {
+					t.Errorf("got %q, want %s", got, test.status)
+				}
+				reader.SetReadDeadline(time.Now().Add(20 * time.Second))
+				if _, err := reader.Read(make([]byte, 1)); err != io.EOF {
+					t.Errorf("reading from the child: %v, want EOF", err)
+				}
+			})
+		}
+	}
+}
+
+func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
+	fifo := newFifo(t)
+	c := testCommand("sh", "-c", `cat "$0" & echo done`, fifo)
+	c.KillAfter = duration(100 * time.Millisecond)
+	if got := spell(c.Handle("token", nil)); !reflect.DeepEqual(got, []string{"done\n"}) {
+		t.Errorf("got %q", got)
+	}
+	// Lets the grandchild go.
+	if f, err := os.OpenFile(fifo, os.O_WRONLY, 0); err == nil {
+		f.Close()
+	}
+}
+
+func newCoprocess(t *testing.T, command ...string) *coprocess {
+	t.Helper()
+	timeout := duration(20 * time.Second)
+	c := &coprocess{CmdService: testCommand(command...), voice: voice{quiet: true}, terminator: '\n'}
+	c.Timeout = &timeout
+	t.Cleanup(c.close)
+	return c
+}
+
+// asks has a coprocess answer a request. Of standard error the beginning is enough.
+func (c *coprocess) asks(t *testing.T, body []string, want ...string) {
+	t.Helper()
+	got := spell(c.Handle("token", frames(body...)))
+	if len(got) == 3 && len(want) == 3 {
+		got[1] = got[1][:min(len(got[1]), len(want[1]))]
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Fatalf("%q: got %q, want %q", body, got, want)
+	}
+}
+
+func TestCoprocessAnswersLineForLine(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.asks(t, nil, "\n")
+	c.asks(t, []string{""}, "\n")
+	c.asks(t, []string{"hello"}, "hello\n")
+	c.asks(t, []string{"a", "", "b\x00\xff"}, "a\t\tb\x00\xff\n")
+	long := strings.Repeat("x", 1<<22) // more than any pipe holds
+	c.asks(t, []string{long}, long+"\n")
+}
+
+func TestCoprocessAnswersRecordForRecord(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.terminator = 0
+	c.asks(t, []string{"two\nlines\n", "x"}, "two\nlines\n\tx")
+	c.asks(t, []string{"a\x00"}, "", "bservice: svc: frame 1 holds a NUL byte, which ends a request\n", "exit status 126")
+}
+
+func TestCoprocessIsOneProcess(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", "while read x; do echo $$; done")
+	c.open()
+	first := fmt.Sprintln(c.running.Process.Pid)
+	c.asks(t, nil, first)
+	c.asks(t, nil, first)
+}
+
+func TestFramesThatWouldBeMistakenAreRefused(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.asks(t, []string{"a", "b\nc"}, "", "bservice: svc: frame 2 holds a newline, which ends a request\n", "exit status 126")
+	c.asks(t, []string{"a\tb"}, "", "bservice: svc: frame 1 holds a tab, which separates arguments\n", "exit status 126")
+	c.asks(t, []string{"fine"}, "fine\n")
+}
+
+// poisonable answers with its number among the processes, and does what it is told.
+const poisonable = `echo >>"$0"; n=$(wc -l <"$0"); while read -r line; do
+	case $line in
+	"") echo $n ;;
+	*) eval "$line" ;;
+	esac
+done`
+
+func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
+	for _, test := range []struct {
+		poison string
+		want   []string
+	}{
+		{"echo bad >&2; exit 3", []string{"", "bad\n", "exit status 3"}},
+		{"printf half; exit 3", []string{"half", "", "exit status 3"}},
+		{"kill -9 $$", []string{"", "", "exit status 137"}},
+		{"exit", []string{"", "bservice: svc: ended without a reply\n", "exit status 69"}},
+		{"exec >&-", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
+		{"read forever", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
+		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended, since it printed more than a line for a request\n", "exit status 76"}},
+		{"exec yes", []string{"y\n", "bservice: svc: ended, since it printed more than a line for a request\n", "exit status 76"}},
+		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended, since it printed more than --max-output 100000 bytes\n", "exit status 74"}},
+	} {
+		t.Run(test.poison, func(t *testing.T) {
+			c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+			c.MaxOutput = 100_000
+			c.asks(t, nil, "1\n")
+			*c.Timeout = duration(300 * time.Millisecond)
+			c.asks(t, []string{test.poison}, test.want...)
+			*c.Timeout = duration(20 * time.Second)
+			c.asks(t, nil, "2\n")
+			c.asks(t, nil, "2\n")
+		})
+	}
+}
+
+func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
+	dir := t.TempDir()
+	fifo := newFifo(t)
+	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(dir, "count"))
+	c.asks(t, []string{"echo first; read go <'" + fifo + "'; echo stray"}, "first\n")
+	if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for len(c.output.whole) == 0 {
+		runtime.Gosched()
+	}
+	first := c.running
+	c.asks(t, nil, "2\n")
+	<-first.ended
+}
+
+func TestCoprocessThatDiedWhileIdleIsReplacedUnnoticed(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+	c.asks(t, nil, "1\n")
+	c.running.Process.Kill()
+	<-c.running.ended
+	c.asks(t, nil, "2\n")
+}
+
+func TestCoprocessThatEndsAgainAndAgainIsGivenPauses(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", "exit 5")
+	c.asks(t, nil, "", "", "exit status 5")
+	c.asks(t, nil, "", "", "exit status 5")
+	c.asks(t, nil, "", "bservice: svc: sh ends again and again; it is given a pause of ", "exit status 75")
+	c.pauses.until = time.Now()
+	c.asks(t, nil, "", "", "exit status 5")
+}
+
+func TestPoisonDoesNotBringPausesToAProcessThatAnswers(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+	for i := range 5 {
+		c.asks(t, nil, fmt.Sprintln(i+1))
+		c.asks(t, []string{"exit 3"}, "", "", "exit status 3")
+	}
+}
+
+func TestPausesGrowToFiveSeconds(t *testing.T) {
+	var p pauses
+	now := time.Unix(1000, 0)
+	var got []time.Duration
+	for range 9 {
+		p.grow(now)
+		got = append(got, max(0, p.until.Sub(now)))
+	}
+	want := []time.Duration{0, 100, 200, 400, 800, 1600, 3200, 5000, 5000}
+	for i := range want {
+		want[i] *= time.Millisecond
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("pauses of %v, want %v", got, want)
+	}
+	for range 1000 {
+		p.grow(now)
+	}
+	if pause := p.until.Sub(now); pause != longestPause {
+		t.Errorf("after very many a pause of %v", pause)
+	}
+}
+
+func TestCoprocessEndsWithItsInputOrElseByTheLadder(t *testing.T) {
+	for _, test := range []struct {
+		line string
+		want string
+	}{
+		{"cat; exit 7", "exit status 7"},
+		{"read x; exec sleep 1000", "signal: terminated"},
+		{"trap '' TERM; read x; exec sleep 1000", "signal: killed"},
+	} {
+		c := newCoprocess(t, "sh", "-c", test.line)
+		c.KillAfter = duration(100 * time.Millisecond)
+		c.open()
+		c.close()
+		if got := c.running.ProcessState.String(); got != test.want {
+			t.Errorf("%s: %s, want %s", test.line, got, test.want)
+		}
+	}
+}
