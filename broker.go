@@ -14,48 +14,48 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-const brokerUsage = `bbroker passes requests to services and replies back to those who asked.
+const brokerUsage = `bbroker passes requests to services, and their replies back to the clients.
 
 Usage: bbroker [FLAGS] [start] [HOST] [PORT]
 
-It listens on tcp://127.0.0.1:5555, prints the endpoint that it listens on once it
-does, and runs until SIGTERM or SIGINT. Whoever reaches the endpoint can serve and
-ask: open it to hosts that you trust.
+It listens on tcp://127.0.0.1:5555, prints the endpoint once it listens, and runs until
+SIGTERM or SIGINT. Whoever can reach the endpoint can serve and call: open it only to
+hosts that you trust.
 
   --host HOST            address or interface to listen on, * for all (127.0.0.1)
-  --port PORT            0 takes any free port (5555)
-  --broker ENDPOINT      listen here instead, tcp://HOST:PORT or ipc:///PATH; repeatable
+  --port PORT            port to listen on, 0 for any free one (5555)
+  --broker ENDPOINT      listen here instead, tcp://HOST:PORT or ipc:///PATH; may be
+                         repeated
   --heartbeat DURATION   send workers a heartbeat this often (1s)
-  --liveness N           a worker silent for this many heartbeats is dead (5)
-  --queue-ttl DURATION   how long a request waits for a service that nobody serves;
-                         0 is for ever (1m)
-  --max-queue N          how many requests wait for one service (100000)
-  --max-memory SIZE      how many bytes of requests are held at a time (1G)
-  --max-message SIZE     the longest frame that is taken (256M)
-  --redeliver N          give the request of a worker that is lost to another, so many
-                         times; commands may run twice (0)
-  --grace DURATION       when stopped, wait so long for replies (5s)
+  --liveness N           take a worker for dead after N heartbeats without one of its
+                         own (5)
+  --queue-ttl DURATION   let a request wait this long for a service that nobody serves;
+                         0 waits for ever (1m)
+  --max-queue N          let up to N requests wait for one service (100000)
+  --max-memory SIZE      hold up to this many bytes of requests (1G)
+  --max-message SIZE     refuse frames that are longer (256M)
+  --redeliver N          give the request of a lost worker to another one, up to N
+                         times; its command may then run twice (0)
+  --grace DURATION       when stopped, wait this long for replies (5s)
   -q, --quiet            log errors only
   -v, --verbose          log each message
   -h, --help
   --version
 
-Durations have a unit or are seconds: 500ms, 2.5, 1m. Sizes are bytes, or K, M or G of
-1024. A second signal ends it at once.
-
-Environment, where no flag says otherwise:
-  BACKBONE_HOST, BACKBONE_PORT, BACKBONE_BROKER    as --host, --port, --broker
+A duration has a unit, or is in seconds: 500ms, 2.5, 1m. A size is in bytes, or has K, M
+or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT and BACKBONE_BROKER set the
+defaults of their flags. A second signal ends the broker at once.
 
 Exit status:
   0      stopped by SIGTERM or SIGINT
   64     wrong usage
-  69     it cannot listen there; the port is in use, perhaps
+  69     it cannot listen there; the port may be in use
   74     the endpoint could not be printed
 
-It answers these names itself:
-  mmi.service NAME       200 when somebody serves the name, 404 when nobody does
+The broker itself answers these names:
+  mmi.service NAME       200 if somebody serves NAME, 404 if nobody does
   mmi.services           a table of the services
-  mmi.metrics            what happened so far, as Prometheus reads it
+  mmi.metrics            what happened so far, in Prometheus' text format
   mmi.cancel             drops the requests of the same client that still wait
 
 Examples:
@@ -68,14 +68,13 @@ Examples:
 
 type brokerTool struct {
 	commonFlags
-	brokerRules
-	MaxMessage size     `default:"256M"`
-	Grace      duration `default:"5s"`
-	Where      []string `arg:"" optional:""`
+	brokerFlags
+	MaxMessage size          `default:"256M"`
+	Grace      time.Duration `default:"5s"`
+	Where      []string      `arg:"" optional:""`
 }
 
-// AfterApply takes HOST and PORT where Dispatchr Backbone took them, after the word
-// that its broker was started with.
+// AfterApply takes HOST and PORT as Dispatchr Backbone did, after the word "start".
 func (t *brokerTool) AfterApply() error {
 	where := t.Where
 	if len(where) > 0 && where[0] == "start" {
@@ -109,96 +108,95 @@ func (t *brokerTool) Run() error {
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 
-	// Replies and DISCONNECTs to those who read them are on their way in less than a
-	// second; those who do not read cannot hold up the end.
+	// Replies and DISCONNECTs leave in less than a second if their receivers read; receivers that
+	// do not read cannot hold up the end.
 	defer zmq.Term()
-	socket, bound, err := listen(endpoints, t.MaxMessage)
+	router, bound, err := listen(endpoints, t.MaxMessage)
 	if err != nil {
 		return err
 	}
 	defer removeSockets(bound)
-	defer socket.Close()
-	if err := output(strings.Join(bound, "\n") + "\n"); err != nil {
+	defer router.Close()
+	if err := printOutput(strings.Join(bound, "\n") + "\n"); err != nil {
 		return err
 	}
 
 	stop, cancel := context.WithCancel(context.Background())
 	restore := onSignals(func(os.Signal) { cancel() })
-	context.AfterFunc(stop, restore) // a second signal ends the process at once
-	return serve(stop, socket, t.brokerRules, time.Duration(t.Grace), log)
+	context.AfterFunc(stop, restore) // A second signal ends the process at once.
+	return serve(stop, router, t.brokerFlags, t.Grace, log)
 }
 
 // listen returns a ROUTER that is bound to the endpoints, and what it is bound to.
 func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
-	socket, err := newSocket(zmq.ROUTER)
+	router, err := newSocket(zmq.ROUTER)
 	if err != nil {
 		return nil, nil, err
 	}
 	err = errors.Join(
 		// A message to a peer that is gone fails, instead of vanishing.
-		socket.SetRouterMandatory(1),
-		// What a client has not read yet; it may have many requests in flight. Beyond
-		// it the client loses its replies, and nobody waits for it.
-		socket.SetSndhwm(10_000),
-		// What one peer has sent that is not yet received; beyond it TCP slows it down.
-		socket.SetRcvhwm(1000),
-		// The connection of a peer that sends a longer frame is closed before the frame
-		// takes memory.
-		socket.SetMaxmsgsize(int64(maxMessage)),
-		socket.SetBacklog(1024),
-		socket.SetLinger(time.Second),
-		socket.watch(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
+		router.SetRouterMandatory(1),
+		// Messages that a peer has not read; a client may have many requests in flight. A client
+		// beyond it loses its replies, and nobody waits for it.
+		router.SetSndhwm(10_000),
+		// Messages of a peer that are not yet received. Beyond it TCP slows the peer down.
+		router.SetRcvhwm(1000),
+		// The connection of a peer that sends a longer frame is closed before the frame takes
+		// memory.
+		router.SetMaxmsgsize(int64(maxMessage)),
+		router.SetBacklog(1024),
+		router.SetLinger(time.Second),
+		router.watch(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
 	)
 	if err != nil {
-		socket.Close()
+		router.Close()
 		return nil, nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
 	var bound []string
 	for _, endpoint := range endpoints {
-		actual, err := bind(socket, endpoint)
+		actual, err := bind(router, endpoint)
 		if err != nil {
-			socket.Close()
+			router.Close()
 			removeSockets(bound)
 			return nil, nil, err
 		}
 		bound = append(bound, actual)
 	}
-	return socket, bound, nil
+	return router, bound, nil
 }
 
-// bind returns the endpoint that the socket is really bound to: port 0 has become
-// a port.
-func bind(socket *socket, endpoint string) (string, error) {
-	if err := setTransport(socket, endpoint); err != nil {
+// bind returns the endpoint that the socket is bound to, with the port that 0 has become.
+func bind(router *socket, endpoint string) (string, error) {
+	if err := setTransport(router, endpoint); err != nil {
 		return "", fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
 	err := error(zmq.Errno(syscall.EADDRINUSE))
 	if !ipcInUse(endpoint) {
-		err = socket.Bind(endpoint)
+		err = router.Bind(endpoint)
 	}
 	if zmq.AsErrno(err) == zmq.Errno(syscall.ENODEV) {
-		// ZeroMQ knows addresses and interfaces here, but no names.
-		if address, e := lookUp(context.Background(), endpoint); e == nil {
-			err = socket.Bind(address)
+		// ZeroMQ takes addresses and interfaces here, but no names.
+		if address, lookUpErr := lookUp(context.Background(), endpoint); lookUpErr == nil {
+			err = router.Bind(address)
 		}
 	}
 	if err == nil {
-		return socket.GetLastEndpoint()
+		return router.GetLastEndpoint()
 	}
 	f := &failure{status: exitUnavailable, err: fmt.Errorf("listen on %s: %w", endpoint, err)}
 	switch zmq.AsErrno(err) {
 	case zmq.Errno(syscall.EADDRINUSE):
-		f.hint = "another broker is there already, perhaps; --port 0 takes any free port"
+		f.hint = "is another broker running? --port 0 takes any free port"
 	case zmq.Errno(syscall.ENODEV):
-		f.status, f.hint = exitUsage, "an address, name or interface of this host, or * for all of them"
+		f.status, f.hint = exitUsage, "use an address, a name or an interface of this host, or * for all of them"
 	case zmq.Errno(syscall.EINVAL):
-		f.status, f.hint = exitUsage, endpointHint
+		f.status, f.hint = exitUsage, "an endpoint is "+endpointForm
 	}
 	return "", f
 }
 
-// ipcInUse tells whether somebody listens on an ipc:// endpoint: ZeroMQ would take
-// the path away from under them without a word.
+// ipcInUse tells whether somebody listens on an ipc:// endpoint, from whom ZeroMQ would take the
+// path away in silence.
 func ipcInUse(endpoint string) bool {
 	path, ok := strings.CutPrefix(endpoint, "ipc://")
 	if !ok {
@@ -212,7 +210,7 @@ func ipcInUse(endpoint string) bool {
 	return true
 }
 
-// removeSockets takes away what ZeroMQ leaves behind of ipc:// endpoints.
+// removeSockets removes the files of ipc:// endpoints, which ZeroMQ leaves behind.
 func removeSockets(endpoints []string) {
 	for _, endpoint := range endpoints {
 		if path, ok := strings.CutPrefix(endpoint, "ipc://"); ok {
@@ -221,46 +219,42 @@ func removeSockets(endpoints []string) {
 	}
 }
 
-// serve is the loop around a Broker: it owns the socket and the clock. Once stop is
-// done it drains the broker, for as long as grace at most, and returns nil.
-func serve(stop context.Context, socket *socket, rules brokerRules, grace time.Duration, log *slog.Logger) error {
-	bell := newThreadBell()
-	defer context.AfterFunc(stop, bell.Ring)()
+// maxReceived limits the messages that the loop receives before it looks at the time.
+const maxReceived = 1000
 
-	broker := NewBroker(rules, time.Now(), socket.send, log)
-	var end time.Time // of the grace, once it has begun
+// serve is the loop around a Broker: it owns the socket and the clock. When stop is done it drains
+// the broker, for as long as grace at most, and returns nil.
+func serve(stop context.Context, router *socket, flags brokerFlags, grace time.Duration, log *slog.Logger) error {
+	waiter := newPollWaiter()
+	defer context.AfterFunc(stop, waiter.Wake)()
+
+	broker := NewBroker(flags, time.Now(), router.send, log)
+	var graceEnd time.Time // zero until stop is done
 	for {
 		now := time.Now()
 		deadline := broker.Tick(now)
-		if stop.Err() != nil && end.IsZero() {
+		if stop.Err() != nil && graceEnd.IsZero() {
 			broker.Drain()
-			end = now.Add(grace)
+			graceEnd = now.Add(grace)
 		}
-		if !end.IsZero() {
-			if broker.Drained() || !now.Before(end) {
+		if !graceEnd.IsZero() {
+			if broker.Drained() || !now.Before(graceEnd) {
 				broker.Stop()
 				return nil
 			}
-			if end.Before(deadline) {
-				deadline = end
-			}
+			deadline = earlier(deadline, graceEnd)
 		}
-		message, news, err := bell.Wait(socket, deadline)
+		readable, monitored, err := waiter.Wait(router, deadline)
 		if err != nil {
 			return err
 		}
-		for news {
-			event, err := socket.event()
-			if err != nil {
+		if monitored {
+			if err := warnOfHandshakes(router, broker); err != nil {
 				return err
 			}
-			if news = event != 0; news {
-				broker.warn("handshake", "a connection that does not speak ZeroMQ, or gave up")
-			}
 		}
-		// A flood of messages must not keep the heartbeats from going out.
-		for n := 0; message && n < 1000; n++ {
-			frames, err := socket.receive()
+		for n := 0; readable && n < maxReceived; n++ {
+			frames, err := router.receive()
 			if err != nil {
 				return err
 			}
@@ -269,7 +263,18 @@ func serve(stop context.Context, socket *socket, rules brokerRules, grace time.D
 			}
 			length := sizeOf(frames)
 			broker.Receive(frames, time.Now())
-			freeIfLarge(length) // its room may be wanted for the next
+			freeMemory(length) // for the next one
 		}
+	}
+}
+
+// warnOfHandshakes logs the connections that the monitor saw fail.
+func warnOfHandshakes(router *socket, broker *Broker) error {
+	for {
+		event, err := router.event()
+		if err != nil || event == 0 {
+			return err
+		}
+		broker.warn("handshake", "a connection does not speak ZeroMQ, or gave up")
 	}
 }

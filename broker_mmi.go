@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// manage answers a request to the broker itself (RFC 8, and more).
+// manage answers a request to the broker itself: RFC 8 and, beyond it, what mdp.go lists.
 func (b *Broker) manage(name string, client, body [][]byte) []byte {
 	switch name {
 	case mmiService:
@@ -28,9 +28,6 @@ func (b *Broker) manage(name string, client, body [][]byte) []byte {
 	return []byte(mmiNotImplemented)
 }
 
-// isOurs tells whether a name is one that only the broker answers.
-func isOurs(name []byte) bool { return bytes.HasPrefix(name, []byte(mmiPrefix)) }
-
 func found(yes bool) []byte {
 	if yes {
 		return []byte(mmiFound)
@@ -38,9 +35,9 @@ func found(yes bool) []byte {
 	return []byte(mmiNotFound)
 }
 
-// cancel drops the waiting requests of a client and returns how many. They are those
-// whose address begins with the client's: it may have put frames of its own behind,
-// and others may share its identity behind a proxy.
+// cancel drops the waiting requests of a client and returns their number. They are those whose
+// address begins with that of the client: it may add frames of its own, and behind a proxy others
+// share its identity.
 func (b *Broker) cancel(client [][]byte) (dropped int) {
 	own, ok := b.waiting[string(client[0])]
 	if !ok {
@@ -54,121 +51,122 @@ func (b *Broker) cancel(client [][]byte) (dropped int) {
 		}
 		b.dequeue(r)
 		b.end(r)
-		b.count(r.service, cancelled, 1)
-		b.settle(r.service)
+		b.count(r.service, cancelledTotal, 1)
+		b.dispatch(r.service)
 		dropped++
 	}
 	return dropped
 }
 
-// A tally is what happened to one service, or to all there ever were.
+// A tally counts what happened to one service, or to all that there ever were.
 type tally struct {
 	counts [len(counters)]uint64
-	times  [len(durations)]histogram
+	times  [len(timers)]histogram
 }
-
-type counter int
-
-const (
-	requests counter = iota
-	replies
-	failures
-	lostWorkers
-	redelivered
-	refused
-	expired
-	cancelled
-	droppedReplies
-	bytesIn
-	bytesOut
-)
 
 // A metric is a name and a help text as Prometheus wants them.
 type metric struct{ name, help string }
 
-var counters = [...]metric{
-	requests:       {"requests_total", "Requests that came from clients."},
-	replies:        {"replies_total", "Replies that came from workers."},
-	failures:       {"failures_total", "Replies that told of a failed command."},
-	lostWorkers:    {"lost_workers_total", "Workers that were gone or silent or broke the protocol."},
-	redelivered:    {"redelivered_total", "Requests of lost workers that were given to another."},
-	refused:        {"refused_total", "Requests refused with status 75."},
-	expired:        {"expired_total", "Requests that no worker came for."},
-	cancelled:      {"cancelled_total", "Requests that their client gave up before they began."},
-	droppedReplies: {"dropped_replies_total", "Replies whose client was gone or did not read."},
-	bytesIn:        {"request_bytes_total", "Bytes in the bodies of requests."},
-	bytesOut:       {"reply_bytes_total", "Bytes in the bodies of replies that were sent."},
-}
+type counter int
 
 const (
-	waited = iota
-	served
+	requestsTotal counter = iota
+	repliesTotal
+	failuresTotal
+	lostWorkersTotal
+	redeliveredTotal
+	refusedTotal
+	expiredTotal
+	cancelledTotal
+	droppedRepliesTotal
+	requestBytes
+	replyBytes
 )
 
-var durations = [...]metric{
-	waited: {"wait_seconds", "Time from a request's arrival to its worker."},
-	served: {"serve_seconds", "Time from a request's worker to its reply."},
+var counters = [...]metric{
+	requestsTotal:       {"requests_total", "Requests that came from clients."},
+	repliesTotal:        {"replies_total", "Replies that came from workers."},
+	failuresTotal:       {"failures_total", "Replies of commands that failed."},
+	lostWorkersTotal:    {"lost_workers_total", "Workers that vanished, fell silent or broke the protocol."},
+	redeliveredTotal:    {"redelivered_total", "Requests of lost workers that another worker was given."},
+	refusedTotal:        {"refused_total", "Requests refused with status 75."},
+	expiredTotal:        {"expired_total", "Requests for which no worker came."},
+	cancelledTotal:      {"cancelled_total", "Requests that their client gave up before they began."},
+	droppedRepliesTotal: {"dropped_replies_total", "Replies whose client was gone or did not read."},
+	requestBytes:        {"request_bytes_total", "Bytes in the bodies of requests."},
+	replyBytes:          {"reply_bytes_total", "Bytes in the bodies of replies that were sent."},
 }
 
-func (b *Broker) count(s *service, c counter, n uint64) {
+type timer int
+
+const (
+	waitSeconds timer = iota
+	serveSeconds
+)
+
+var timers = [...]metric{
+	waitSeconds:  {"wait_seconds", "Time from the arrival of a request to its worker."},
+	serveSeconds: {"serve_seconds", "Time from the worker of a request to its reply."},
+}
+
+func (b *Broker) count(s *brokerService, c counter, n uint64) {
 	b.total.counts[c] += n
 	s.tally.counts[c] += n
 }
 
-func (b *Broker) observe(s *service, which int, d time.Duration) {
-	b.total.times[which].observe(d)
-	s.tally.times[which].observe(d)
+func (b *Broker) observe(s *brokerService, t timer, d time.Duration) {
+	b.total.times[t].observe(d)
+	s.tally.times[t].observe(d)
 }
 
 // A histogram counts durations up to each of its bounds, in seconds.
 type histogram struct {
-	buckets [len(bounds)]uint64
+	buckets [len(bucketBounds)]uint64
 	count   uint64
 	sum     time.Duration
 }
 
-var bounds = [...]float64{0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300}
+var bucketBounds = [...]float64{0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300}
 
 func (h *histogram) observe(d time.Duration) {
 	h.count++
 	h.sum += d
-	if i, _ := slices.BinarySearch(bounds[:], d.Seconds()); i < len(bounds) {
+	if i, _ := slices.BinarySearch(bucketBounds[:], d.Seconds()); i < len(bucketBounds) {
 		h.buckets[i]++
 	}
 }
 
-// sorted are the services by name.
-func (b *Broker) sorted() []*service {
-	return slices.SortedFunc(maps.Values(b.services), func(x, y *service) int { return strings.Compare(x.name, y.name) })
+// sortedServices returns the services in the order of their names.
+func (b *Broker) sortedServices() []*brokerService {
+	return slices.SortedFunc(maps.Values(b.services), func(x, y *brokerService) int { return strings.Compare(x.name, y.name) })
 }
 
-// table is the reply to mmi.services: a line for each, with a header. Names that would
+// table returns the reply to mmi.services: a header and a line for each service. Names that would
 // break a line are quoted.
 func (b *Broker) table() []byte {
 	out := []byte("service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n")
-	for _, s := range b.sorted() {
+	for _, s := range b.sortedServices() {
 		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting.Len(),
-			s.workers-s.idle.Len(), s.tally.counts[replies], s.tally.counts[failures])
+			s.workers-s.idle.Len(), s.tally.counts[repliesTotal], s.tally.counts[failuresTotal])
 	}
 	return out
 }
 
-// A view is what the metrics tell of one service, or of all of them together.
-type view struct {
+// A sample is what the metrics tell of one service, or of all of them together.
+type sample struct {
 	label                  string // of the service, or empty
 	workers, idle, waiting int
 	*tally
 }
 
-// metrics is the reply to mmi.metrics: Prometheus' text format. What ends in _total or
-// is a histogram of a service begins anew when the service was gone for a while; the
-// broker's own go on.
+// metrics returns the reply to mmi.metrics, in Prometheus' text format. The counters and histograms
+// of a service begin anew when the service was gone for a while; those of the broker go on.
 func (b *Broker) metrics() []byte {
-	all := view{workers: len(b.workers), tally: &b.total}
-	var each []view
-	for _, s := range b.sorted() {
+	all := sample{workers: len(b.workers), tally: &b.total}
+	var each []sample
+	for _, s := range b.sortedServices() {
 		label := fmt.Sprintf(`service="%s"`, labelEscaper.Replace(strings.ToValidUTF8(s.name, "\uFFFD")))
-		each = append(each, view{label, s.workers, s.idle.Len(), s.waiting.Len(), &s.tally})
+		each = append(each, sample{label, s.workers, s.idle.Len(), s.waiting.Len(), &s.tally})
 		all.idle += s.idle.Len()
 		all.waiting += s.waiting.Len()
 	}
@@ -177,33 +175,33 @@ func (b *Broker) metrics() []byte {
 	head := func(kind, name, help string) {
 		out = fmt.Appendf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 	}
-	// family writes one metric: of the broker, and of each service.
-	family := func(kind string, m metric, sample func(name string, v view)) {
+	// family writes a metric of the broker, and that of each service.
+	family := func(kind string, m metric, write func(name string, v sample)) {
 		head(kind, "backbone_"+m.name, m.help)
-		sample("backbone_"+m.name, all)
+		write("backbone_"+m.name, all)
 		head(kind, "backbone_service_"+m.name, m.help)
 		for _, v := range each {
-			sample("backbone_service_"+m.name, v)
+			write("backbone_service_"+m.name, v)
 		}
 	}
-	number := func(kind string, m metric, value func(v view) uint64) {
-		family(kind, m, func(name string, v view) {
+	number := func(kind string, m metric, value func(v sample) uint64) {
+		family(kind, m, func(name string, v sample) {
 			out = fmt.Appendf(out, "%s%s %d\n", name, labels(v.label), value(v))
 		})
 	}
 
-	head("gauge", "backbone_uptime_seconds", "Time since the broker began.")
-	out = fmt.Appendf(out, "backbone_uptime_seconds %g\n", b.now.Sub(b.born).Seconds())
-	number("gauge", metric{"workers", "Workers that are registered."}, func(v view) uint64 { return uint64(v.workers) })
-	number("gauge", metric{"idle_workers", "Workers without a request."}, func(v view) uint64 { return uint64(v.idle) })
-	number("gauge", metric{"queue_length", "Requests that wait for a worker."}, func(v view) uint64 { return uint64(v.waiting) })
+	head("gauge", "backbone_uptime_seconds", "Time since the broker was started.")
+	out = fmt.Appendf(out, "backbone_uptime_seconds %g\n", b.now.Sub(b.begin).Seconds())
+	number("gauge", metric{"workers", "Workers that are registered."}, func(v sample) uint64 { return uint64(v.workers) })
+	number("gauge", metric{"idle_workers", "Workers without a request."}, func(v sample) uint64 { return uint64(v.idle) })
+	number("gauge", metric{"queue_length", "Requests that wait for a worker."}, func(v sample) uint64 { return uint64(v.waiting) })
 	for c, m := range counters {
-		number("counter", m, func(v view) uint64 { return v.counts[c] })
+		number("counter", m, func(v sample) uint64 { return v.counts[c] })
 	}
-	for d, m := range durations {
-		family("histogram", m, func(name string, v view) {
-			h, below := &v.times[d], uint64(0)
-			for i, bound := range bounds {
+	for t, m := range timers {
+		family("histogram", m, func(name string, v sample) {
+			h, below := &v.times[t], uint64(0)
+			for i, bound := range bucketBounds {
 				below += h.buckets[i]
 				out = fmt.Appendf(out, "%s_bucket%s %d\n", name, labels(v.label, fmt.Sprintf(`le="%g"`, bound)), below)
 			}
@@ -217,7 +215,7 @@ func (b *Broker) metrics() []byte {
 
 var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-// labels are those that are not empty, in braces.
+// labels returns those that are not empty, in braces.
 func labels(some ...string) string {
 	some = slices.DeleteFunc(some, func(label string) bool { return label == "" })
 	if len(some) == 0 {

@@ -12,103 +12,108 @@ import (
 	"time"
 )
 
-// Broker is the broker of MDP/0.1 (RFC 7) as a state machine: Receive and Tick are
-// its events, the messages that it sends are its actions, and it knows no socket and
-// no clock. It belongs to one goroutine.
+// Broker is the broker of MDP/0.1 (RFC 7). It is a state machine that knows no socket and no
+// clock: Receive and Tick are its events, and the messages that it sends are its actions. It
+// belongs to one goroutine.
 //
-// For each service either workers are idle or requests wait, never both. A request
-// that was taken is either waiting or in the hands of one worker, until it ends:
-// by a reply, or by its client's cancel.
+// For each service either workers are idle or requests wait, never both. A request that was taken
+// waits or is with one worker, until it ends: with a reply, or when its client cancels it.
 type Broker struct {
-	brokerRules
-	send func(frames [][]byte) error // the identity first; fails at once, perhaps with errWouldBlock
+	brokerFlags
+	send func(frames [][]byte) error // the identity first; never waits, may return errWouldBlock
 	log  *slog.Logger
 
-	// debug tells whether the log takes lines for single requests: making them costs more
-	// than the rest of the work.
+	// debug tells whether the log takes lines for single requests, which cost more than all other
+	// work on a request.
 	debug bool
 
-	services map[string]*service
+	services map[string]*brokerService
 	workers  map[string]*worker    // by identity
 	waiting  map[string]*list.List // of *request, by the identity of the client
-	tokens   tokens
-	held     size // of all requests that have not ended
-	open     int  // how many those are
+	run      string                // begins the tokens of this run of the broker
+	tokens   uint64                // how many were made
+	held     size                  // of all requests that have not ended
+	open     int                   // their number
 	draining bool
 
-	born, now, due time.Time // due is the next heartbeat
-	total          tally
-	warned         map[string]bool // what the log has about already
-	forgive        time.Time       // when it may have it again
+	begin, now, nextHeartbeat time.Time
+	total                     tally
+	warned                    map[string]bool // what was logged since warnAgain was set
+	warnAgain                 time.Time       // when warned is cleared
 }
 
-// brokerRules are the flags that the state machine goes by.
-type brokerRules struct {
+// brokerFlags are the flags that the state machine obeys.
+type brokerFlags struct {
 	heartbeatFlags
-	QueueTTL  duration `default:"1m"`
-	MaxQueue  uint     `default:"100000"`
-	MaxMemory size     `default:"1G"`
-	Redeliver uint     `default:"0"`
+	QueueTTL  time.Duration `default:"1m"`
+	MaxQueue  uint          `default:"100000"`
+	MaxMemory size          `default:"1G"`
+	Redeliver uint          `default:"0"`
 }
 
-// A service is there while it has workers or waiting requests.
-type service struct {
-	name     string
-	workers  int
-	idle     list.List // of *worker, the least recently used first
-	waiting  list.List // of *request, the oldest first
-	orphaned time.Time // when it lost its last worker
-	tally    tally
+// A brokerService exists while it has workers or waiting requests.
+type brokerService struct {
+	name       string
+	workers    int
+	idle       list.List // of *worker, the least recently used first
+	waiting    list.List // of *request, the oldest first
+	unservedAt time.Time // when it lost its last worker
+	tally      tally
 }
 
 // A worker serves one service, one request at a time.
 type worker struct {
-	identity string
-	address  [][]byte // which is that identity
-	service  *service
-	request  *request      // what it works on, nil when idle
-	place    *list.Element // among the idle, nil when busy
-	silence  int           // heartbeats since it was last heard
-	age      int           // heartbeats since it got its request
-	attends  bool          // it was heard while busy; many workers cannot be
+	identity    string
+	address     [][]byte // the identity as a frame
+	service     *brokerService
+	request     *request      // nil when idle
+	idleElement *list.Element // its place among the idle workers, nil when busy
+	silence     int           // heartbeats since it was last heard
+	busy        int           // heartbeats since it was given its request
+
+	// heardWhileBusy tells that it can send heartbeats while it works; many workers cannot.
+	heardWhileBusy bool
 }
 
-// A request lives from its arrival to its end.
+// A request exists from its arrival to its end.
 type request struct {
-	service *service
-	frame   []byte   // the service's name, for the reply
-	client  [][]byte // the client's address stack, its identity first
+	service *brokerService
+	name    []byte   // of the service, for the reply
+	client  [][]byte // the address stack, with the identity first
 	body    [][]byte
-	token   []byte // stands for the client towards the worker
+	token   []byte // stands for the client in messages to workers
 
 	arrived, started time.Time
 	redelivered      uint
-	queued, owned    *list.Element // its places in the queues of service and client, nil when in flight
+
+	// Its places in the queues of its service and of its client, nil when in flight.
+	queued, owned *list.Element
 }
 
-// size is what the broker holds of it: a client's address may be long, too.
+// size returns the bytes that the broker holds. The address of a client may be long, too.
 func (r *request) size() size {
-	return sizeOf(r.client) + size(len(r.frame)) + sizeOf(r.body)
+	return sizeOf(r.client) + size(len(r.name)) + sizeOf(r.body)
 }
 
-func NewBroker(rules brokerRules, now time.Time, send func(frames [][]byte) error, log *slog.Logger) *Broker {
+// NewBroker returns a broker without workers and requests.
+func NewBroker(flags brokerFlags, now time.Time, send func(frames [][]byte) error, log *slog.Logger) *Broker {
 	return &Broker{
-		brokerRules: rules,
-		send:        send,
-		log:         log,
-		debug:       log.Enabled(context.Background(), slog.LevelDebug),
-		services:    map[string]*service{},
-		workers:     map[string]*worker{},
-		waiting:     map[string]*list.List{},
-		tokens:      tokens{run: fmt.Sprintf("%08x.", rand.Uint32())},
-		born:        now,
-		now:         now,
-		due:         now,
-		warned:      map[string]bool{},
+		brokerFlags:   flags,
+		send:          send,
+		log:           log,
+		debug:         log.Enabled(context.Background(), slog.LevelDebug),
+		services:      map[string]*brokerService{},
+		workers:       map[string]*worker{},
+		waiting:       map[string]*list.List{},
+		run:           fmt.Sprintf("%08x.", rand.Uint32()),
+		begin:         now,
+		now:           now,
+		nextHeartbeat: now,
+		warned:        map[string]bool{},
 	}
 }
 
-// Receive takes a message as the ROUTER gives it, the identity of the peer first.
+// Receive takes a message as the ROUTER received it, the identity of the peer first.
 func (b *Broker) Receive(frames [][]byte, now time.Time) {
 	if len(frames) == 0 {
 		return
@@ -117,7 +122,7 @@ func (b *Broker) Receive(frames [][]byte, now time.Time) {
 	peer := frames[0]
 	m, err := Parse(frames[1:])
 	if err == nil && m.Kind != KindClient && len(m.Address) > 0 {
-		err = fmt.Errorf("%v: a worker has no address but its identity", m.Kind)
+		err = fmt.Errorf("%v: a worker has no address other than its identity", m.Kind)
 	}
 	if err != nil {
 		b.warn("peer "+string(peer), "bad message", "peer", string(peer), "why", err)
@@ -134,28 +139,28 @@ func (b *Broker) Receive(frames [][]byte, now time.Time) {
 }
 
 func (b *Broker) receiveClient(client [][]byte, m Message) {
-	if isOurs(m.Service) {
+	if isManagement(string(m.Service)) {
 		b.reply(client, m.Service, [][]byte{b.manage(string(m.Service), client, m.Body)})
 		return
 	}
 	s := b.service(m.Service)
-	r := &request{service: s, frame: m.Service, client: client, body: m.Body, token: b.tokens.next(), arrived: b.now}
+	r := &request{service: s, name: m.Service, client: client, body: m.Body, token: b.nextToken(), arrived: b.now}
 	b.open++
 	b.held += r.size()
-	b.count(s, requests, 1)
-	b.count(s, bytesIn, uint64(sizeOf(r.body)))
+	b.count(s, requestsTotal, 1)
+	b.count(s, requestBytes, uint64(sizeOf(r.body)))
 	switch {
 	case b.draining:
 		b.refuse(r, "the broker is shutting down")
 	case b.held > b.MaxMemory:
 		b.refuse(r, "the broker holds as many bytes as it may")
-	case b.give(r):
+	case b.assign(r):
 	case s.waiting.Len() >= int(b.MaxQueue):
 		b.refuse(r, "the queue is full")
 	default:
 		b.enqueue(r, s.waiting.PushBack)
 	}
-	b.settle(s)
+	b.dispatch(s)
 }
 
 func (b *Broker) receiveWorker(identity []byte, m Message) {
@@ -164,10 +169,10 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 		switch m.Kind {
 		case KindReady:
 			b.register(identity, m.Service)
-		case KindDisconnect: // and gone
+		case KindDisconnect:
 		default:
-			// It registered with another broker, this one before its restart perhaps, or
-			// was given up. DISCONNECT makes it register anew.
+			// It registered with an earlier run of this broker, or was taken for lost. DISCONNECT
+			// makes it register anew.
 			b.sendWorker([][]byte{identity}, Message{Kind: KindDisconnect})
 		}
 		return
@@ -176,39 +181,39 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 	w.silence = 0
 	switch m.Kind {
 	case KindHeartbeat:
-		// It may have crossed the request on its way. Only later ones tell.
-		w.attends = w.attends || w.request != nil && w.age > 1
+		// The first one may have crossed the request on its way.
+		w.heardWhileBusy = w.heardWhileBusy || w.request != nil && w.busy > 1
 	case KindReply:
 		r := w.request
 		if r == nil || len(m.Client) != 1 || string(m.Client[0]) != string(r.token) {
-			b.expel(w, "a reply to a request that it does not have")
+			b.disconnect(w, "a reply to a request that it does not have")
 			break
 		}
-		b.count(w.service, replies, 1)
-		if _, _, status, ok := parseStatusReply(m.Body); ok && status != 0 {
-			b.count(w.service, failures, 1)
+		b.count(w.service, repliesTotal, 1)
+		if ParseReply(m.Body).Status != 0 {
+			b.count(w.service, failuresTotal, 1)
 		}
-		b.observe(w.service, served, b.now.Sub(r.started))
+		b.observe(w.service, serveSeconds, b.now.Sub(r.started))
 		if b.debug {
 			b.log.Debug("request done", "request", string(r.token), "service", w.service.name, "took", b.now.Sub(r.started))
 		}
 		b.finish(r, m.Body)
-		b.rest(w)
+		b.makeIdle(w)
 	case KindDisconnect:
 		b.log.Info("worker left", "worker", w.identity, "service", w.service.name, "why", "it said DISCONNECT")
-		// It would have replied had it started on its request; the next one will.
+		// It has not begun its request, or it would have replied first.
 		if r := b.remove(w); r != nil {
 			b.enqueue(r, w.service.waiting.PushFront)
 		}
 	default:
-		b.expel(w, fmt.Sprintf("an unexpected %v", m.Kind))
+		b.disconnect(w, fmt.Sprintf("an unexpected %v", m.Kind))
 	}
-	b.settle(w.service)
+	b.dispatch(w.service)
 }
 
 func (b *Broker) register(identity, name []byte) {
 	w := &worker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
-	if isOurs(name) {
+	if isManagement(string(name)) {
 		b.warn("peer "+w.identity, "worker refused", "worker", w.identity, "service", string(name), "why", "the name is the broker's own")
 		b.sendWorker(w.address, Message{Kind: KindDisconnect})
 		return
@@ -217,27 +222,27 @@ func (b *Broker) register(identity, name []byte) {
 	w.service = b.service(name)
 	w.service.workers++
 	b.workers[w.identity] = w
-	b.rest(w)
-	b.settle(w.service)
+	b.makeIdle(w)
+	b.dispatch(w.service)
 }
 
-// service returns the service of that name, a new one if there is none.
-func (b *Broker) service(name []byte) *service {
+// service returns the service of a name, a new one if there is none.
+func (b *Broker) service(name []byte) *brokerService {
 	s, ok := b.services[string(name)]
 	if !ok {
-		s = &service{name: string(name)}
+		s = &brokerService{name: string(name)}
 		b.services[s.name] = s
 	}
 	return s
 }
 
-// rest makes a worker idle, and the last one to be used.
-func (b *Broker) rest(w *worker) {
+// makeIdle puts a worker at the tail of the idle list of its service.
+func (b *Broker) makeIdle(w *worker) {
 	w.request = nil
-	w.place = w.service.idle.PushBack(w)
+	w.idleElement = w.service.idle.PushBack(w)
 }
 
-// enqueue puts a request into the queue of its service, at the end that push puts it.
+// enqueue puts a request into the queues of its client and, with push, of its service.
 func (b *Broker) enqueue(r *request, push func(any) *list.Element) {
 	r.queued = push(r)
 	identity := string(r.client[0])
@@ -260,19 +265,19 @@ func (b *Broker) dequeue(r *request) {
 	r.queued, r.owned = nil, nil
 }
 
-// give gives a request to an idle worker, and tells whether there was one.
-func (b *Broker) give(r *request) bool {
+// assign gives a request to the next idle worker, and tells whether there was one.
+func (b *Broker) assign(r *request) bool {
 	s := r.service
 	for s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*worker)
 		err := b.sendWorker(w.address, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
-			b.lose(w, err)
+			b.loseWorker(w, err)
 			continue
 		}
-		b.observe(s, waited, b.now.Sub(r.arrived))
-		s.idle.Remove(w.place)
-		w.request, w.place, w.age = r, nil, 0
+		b.observe(s, waitSeconds, b.now.Sub(r.arrived))
+		s.idle.Remove(w.idleElement)
+		w.request, w.idleElement, w.busy = r, nil, 0
 		r.started = b.now
 		if b.debug {
 			b.log.Debug("request given", "request", string(r.token), "service", s.name, "client", string(r.client[0]), "worker", w.identity)
@@ -282,13 +287,12 @@ func (b *Broker) give(r *request) bool {
 	return false
 }
 
-// settle ends whatever happened to a service: its waiting requests go to its idle
-// workers for as long as there are both, and it is forgotten when it has neither
-// workers nor requests.
-func (b *Broker) settle(s *service) {
+// dispatch gives waiting requests of a service to its idle workers, and forgets a service that has
+// neither workers nor requests. It follows every event that changes either.
+func (b *Broker) dispatch(s *brokerService) {
 	for s.waiting.Len() > 0 {
 		r := s.waiting.Front().Value.(*request)
-		if !b.give(r) {
+		if !b.assign(r) {
 			return
 		}
 		b.dequeue(r)
@@ -301,85 +305,84 @@ func (b *Broker) settle(s *service) {
 // Tick does what is due and returns the time of the next call.
 func (b *Broker) Tick(now time.Time) time.Time {
 	b.now = now
-	if now.Before(b.due) {
-		return b.due
+	if now.Before(b.nextHeartbeat) {
+		return b.nextHeartbeat
 	}
-	b.due = now.Add(time.Duration(b.Heartbeat))
+	b.nextHeartbeat = now.Add(b.Heartbeat)
 	for _, w := range b.workers {
-		b.beat(w)
+		b.heartbeat(w)
 	}
 	if b.QueueTTL > 0 {
 		for _, s := range b.services {
 			b.expire(s)
 		}
 	}
-	if !now.Before(b.forgive) {
+	if !now.Before(b.warnAgain) {
 		clear(b.warned)
-		b.forgive = now.Add(time.Minute)
+		b.warnAgain = now.Add(time.Minute)
 	}
-	return b.due
+	return b.nextHeartbeat
 }
 
-// beat is a heartbeat of the broker's as one worker sees it. How long a worker was
-// silent is counted in them, so that a broker that stood still for a while blames
-// nobody for it.
-func (b *Broker) beat(w *worker) {
-	w.age++
-	if w.request == nil || w.attends {
+// heartbeat sends a worker a heartbeat, and disconnects one that was silent for too many of them.
+// Silence is counted in heartbeats of the broker, so that no worker pays for a time in which the
+// broker stood still.
+func (b *Broker) heartbeat(w *worker) {
+	w.busy++
+	if w.request == nil || w.heardWhileBusy {
 		w.silence++
 	}
 	if w.silence > b.Liveness {
-		b.expel(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
+		b.disconnect(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
 	} else if err := b.sendWorker(w.address, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
-		b.lose(w, err) // one that would block is busy, and need not read
+		b.loseWorker(w, err) // One that would block is busy, and need not read.
 	}
-	b.settle(w.service)
+	b.dispatch(w.service)
 }
 
-// expire ends the requests that have waited too long for a first worker to come, or
-// for one to come back.
-func (b *Broker) expire(s *service) {
+// expire ends the requests that have waited too long for a worker of their service.
+func (b *Broker) expire(s *brokerService) {
 	for s.workers == 0 && s.waiting.Len() > 0 {
 		r := s.waiting.Front().Value.(*request)
 		since := r.arrived
-		if s.orphaned.After(since) {
-			since = s.orphaned
+		if s.unservedAt.After(since) {
+			since = s.unservedAt
 		}
-		if b.now.Sub(since) < time.Duration(b.QueueTTL) {
+		if b.now.Sub(since) < b.QueueTTL {
 			break
 		}
 		b.warn("expired "+s.name, "requests expired", "service", s.name, "client", string(r.client[0]))
-		b.count(s, expired, 1)
+		b.count(s, expiredTotal, 1)
 		b.dequeue(r)
-		b.fail(r, exitUnavailable, fmt.Sprintf("no worker came within %v", time.Duration(b.QueueTTL)))
+		b.fail(r, exitUnavailable, fmt.Sprintf("no worker came within %v", b.QueueTTL))
 	}
-	b.settle(s)
+	b.dispatch(s)
 }
 
-// expel disconnects a worker that broke the protocol or fell silent.
-func (b *Broker) expel(w *worker, why string) {
+// disconnect sends DISCONNECT to a worker that broke the protocol or fell silent, and gives it up.
+func (b *Broker) disconnect(w *worker, why string) {
 	b.sendWorker(w.address, Message{Kind: KindDisconnect})
-	b.lose(w, errors.New(why))
+	b.loseWorker(w, errors.New(why))
 }
 
-// lose gives a worker up. What it was working on may be done or half done: another
-// worker gets it only where that was asked for, else the client learns of it at once.
-func (b *Broker) lose(w *worker, why error) {
+// loseWorker gives a worker up. The command of its request may have run: with --redeliver another
+// worker gets the request, else the client is told at once.
+func (b *Broker) loseWorker(w *worker, why error) {
 	r := b.remove(w)
 	held := ""
 	if r != nil {
 		held = string(r.token)
 	}
 	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "request", held, "why", why)
-	b.count(w.service, lostWorkers, 1)
+	b.count(w.service, lostWorkersTotal, 1)
 	switch {
 	case r == nil:
 	case r.redelivered < b.Redeliver:
 		r.redelivered++
-		b.count(r.service, redelivered, 1)
+		b.count(r.service, redeliveredTotal, 1)
 		b.enqueue(r, r.service.waiting.PushFront)
 	default:
-		b.fail(r, exitUnavailable, "the worker was lost while it had the request; it may have been done")
+		b.fail(r, exitUnavailable, "the worker was lost while it had the request; the command may have run")
 	}
 }
 
@@ -388,39 +391,39 @@ func (b *Broker) remove(w *worker) *request {
 	delete(b.workers, w.identity)
 	w.service.workers--
 	if w.service.workers == 0 {
-		w.service.orphaned = b.now
+		w.service.unservedAt = b.now
 	}
-	if w.place != nil {
-		w.service.idle.Remove(w.place)
+	if w.idleElement != nil {
+		w.service.idle.Remove(w.idleElement)
 	}
 	return w.request
 }
 
-// refuse ends a request that may come again later.
+// refuse ends a request that its client may send again later.
 func (b *Broker) refuse(r *request, why string) {
 	b.warn("refused "+r.service.name, "requests refused", "service", r.service.name, "client", string(r.client[0]), "why", why)
-	b.count(r.service, refused, 1)
+	b.count(r.service, refusedTotal, 1)
 	b.fail(r, exitTemporary, why)
 }
 
-// fail ends a request with a status reply of the broker's own.
+// fail ends a request with a status reply of the broker itself.
 func (b *Broker) fail(r *request, status int, why string) {
-	b.finish(r, statusReply(nil, fmt.Appendf(nil, "bbroker: %s: %s\n", r.service.name, why), status))
+	b.finish(r, Reply{Stderr: fmt.Appendf(nil, "bbroker: %s: %s\n", r.service.name, why), Status: status}.Body())
 }
 
-// finish ends a request with a reply. A client that is gone, or does not read, loses
-// it, and nobody else waits.
+// finish ends a request with a reply. A client that is gone or does not read loses it; nobody else
+// waits for that.
 func (b *Broker) finish(r *request, body [][]byte) {
 	b.end(r)
-	if err := b.reply(r.client, r.frame, body); err != nil {
-		b.count(r.service, droppedReplies, 1)
+	if err := b.reply(r.client, r.name, body); err != nil {
+		b.count(r.service, droppedRepliesTotal, 1)
 		b.log.Debug("reply dropped", "client", string(r.client[0]), "service", r.service.name, "why", err)
 		return
 	}
-	b.count(r.service, bytesOut, uint64(sizeOf(body)))
+	b.count(r.service, replyBytes, uint64(sizeOf(body)))
 }
 
-// end is the end of every request that was taken.
+// end releases a request that was taken.
 func (b *Broker) end(r *request) {
 	b.open--
 	b.held -= r.size()
@@ -430,14 +433,14 @@ func (b *Broker) reply(client [][]byte, service []byte, body [][]byte) error {
 	return b.send(Message{Address: client, Kind: KindClient, Service: service, Body: body}.Frames())
 }
 
-// sendWorker sends a message to a worker. An error means that the worker is unreachable,
-// or that it does not read.
+// sendWorker sends a message to a worker. An error means that the worker cannot be reached, or that
+// it does not read.
 func (b *Broker) sendWorker(address [][]byte, m Message) error {
 	m.Address = address
 	return b.send(m.Frames())
 }
 
-// Drain makes the broker refuse new requests and those that wait.
+// Drain refuses the requests that wait, and those that come from now on.
 func (b *Broker) Drain() {
 	b.draining = true
 	for _, s := range b.services {
@@ -446,49 +449,44 @@ func (b *Broker) Drain() {
 			b.dequeue(r)
 			b.refuse(r, "the broker is shutting down")
 		}
-		b.settle(s)
+		b.dispatch(s)
 	}
 }
 
 // Drained tells whether every request has ended.
 func (b *Broker) Drained() bool { return b.open == 0 }
 
-// Stop answers every request that is left and says DISCONNECT to every worker. The
-// broker is of no use afterwards.
+// Stop answers every request that is left and sends DISCONNECT to every worker. The broker must not
+// be used afterwards.
 func (b *Broker) Stop() {
 	b.Drain()
 	for _, w := range b.workers {
 		b.sendWorker(w.address, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {
-			b.refuse(r, "the broker is shutting down; the request may have been done")
+			b.refuse(r, "the broker is shutting down; the command may have run")
 		}
-		b.settle(w.service)
+		b.dispatch(w.service)
 	}
 }
 
-// warn logs what could come again and again, from strangers too: the same once a
-// minute, and so many different ones.
+// warn logs what any peer can cause again and again: the same thing once a minute, and a hundred
+// different ones.
 func (b *Broker) warn(what, message string, attrs ...any) {
-	const most = 100
-	if b.warned[what] || len(b.warned) > most {
+	const limit = 100
+	if b.warned[what] || len(b.warned) > limit {
 		return
 	}
 	b.warned[what] = true
-	if len(b.warned) > most {
+	if len(b.warned) > limit {
 		b.log.Warn("too many different warnings, silent for up to a minute")
 		return
 	}
 	b.log.Warn(message, attrs...)
 }
 
-// tokens are the names of requests towards workers: printable, and no two alike, in
-// this run of the broker and by all odds in any.
-type tokens struct {
-	run   string
-	count uint64
-}
-
-func (t *tokens) next() []byte {
-	t.count++
-	return strconv.AppendUint([]byte(t.run), t.count, 10)
+// nextToken returns the token of a new request. Tokens are printable, and differ from each other
+// and, with high probability, from those of other runs of the broker.
+func (b *Broker) nextToken() []byte {
+	b.tokens++
+	return strconv.AppendUint([]byte(b.run), b.tokens, 10)
 }

@@ -485,7 +485,7 @@ func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 	r.expect()
 	r.expectLog(1, "bad message", "peer=stranger")
 	r.expectLog(1, "bad message", "peer=other", "no MDPC01 or MDPW01")
-	r.expectLog(1, "bad message", "peer=proxy", "no address but its identity")
+	r.expectLog(1, "bad message", "peer=proxy", "no address other than its identity")
 	r.expectLog(3, "")
 	if len(r.services) != 0 || len(r.workers) != 0 {
 		t.Error("bad messages left something behind")
@@ -527,8 +527,8 @@ func FuzzBroker(f *testing.F) {
 		if m.open != 0 {
 			t.Errorf("%d requests were not answered", m.open)
 		}
-		if ended := uint64(len(m.ended)) + m.total.counts[cancelled]; ended != m.total.counts[requests] {
-			t.Errorf("%d requests came and %d ended", m.total.counts[requests], ended)
+		if ended := uint64(len(m.ended)) + m.total.counts[cancelledTotal]; ended != m.total.counts[requestsTotal] {
+			t.Errorf("%d requests came and %d ended", m.total.counts[requestsTotal], ended)
 		}
 	})
 }
@@ -596,11 +596,11 @@ func (m *model) step(what, who byte) {
 func (m *model) check() {
 	m.t.Helper()
 	waiting := map[*request]bool{}
-	workers := map[*service]int{}
+	workers := map[*brokerService]int{}
 	bytes := size(0)
 	for _, w := range m.workers {
 		workers[w.service]++
-		if (w.request == nil) != (w.place != nil) {
+		if (w.request == nil) != (w.idleElement != nil) {
 			m.t.Fatalf("worker %s is both idle and busy, or neither", w.identity)
 		}
 		if m.services[w.service.name] != w.service {
@@ -667,7 +667,7 @@ func BenchmarkDispatch(b *testing.B) {
 		b.Run(fmt.Sprintf("services=%d/workers=%d/waiting=%d", size.services, size.workers, size.waiting), func(b *testing.B) {
 			now := time.Now()
 			var worker, token []byte
-			rules := testRules
+			rules := testFlags
 			rules.MaxQueue, rules.MaxMemory = 1<<30, 1<<40
 			broker := NewBroker(rules, now, func(frames [][]byte) error {
 				if len(frames) > 5 && string(frames[2]) == workerProtocol {
@@ -692,7 +692,7 @@ func BenchmarkDispatch(b *testing.B) {
 				reply[0], reply[4] = worker, token
 				broker.Receive(reply, now)
 			}
-			if replies := broker.total.counts[replies]; replies != uint64(b.N) {
+			if replies := broker.total.counts[repliesTotal]; replies != uint64(b.N) {
 				b.Fatalf("%d replies to %d requests", replies, b.N)
 			}
 		})

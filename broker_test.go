@@ -81,9 +81,9 @@ func BenchmarkHeartbeats(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer socket.Close()
-	broker := NewBroker(testRules, time.Now(), socket.send,
+	broker := NewBroker(testFlags, time.Now(), socket.send,
 		slog.New(slog.DiscardHandler))
-	bell := newThreadBell()
+	waiter := newPollWaiter()
 	take := func(n int) {
 		end := time.Now().Add(10 * time.Second)
 		for i := 0; i < n; {
@@ -92,7 +92,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 				b.Fatalf("%d of %d messages came: %v", i, n, err)
 			}
 			if message == nil {
-				bell.Wait(socket, end)
+				waiter.Wait(socket, end)
 				continue
 			}
 			broker.Receive(message, time.Now())

@@ -7,75 +7,80 @@ import (
 	"runtime/debug"
 )
 
-// chunks are bytes of which there may be so many that it matters how often they are held:
-// not more than twice, and once in the end.
-type chunks struct {
-	list [][]byte // all but the last are full
+// A buffer gathers bytes of which there may be a large part of the memory. Unlike a
+// bytes.Buffer it does not copy them as it grows: they are held once while they come in, and
+// twice for a moment when they are joined.
+type buffer struct {
+	chunks [][]byte // all but the last are full
 }
 
-// large is such a number of bytes.
-const large = 16 << 20
+// maxChunk is the longest chunk, in bytes, that a buffer allocates by itself. Payloads from
+// this length on are worth an effort to give their memory back.
+const maxChunk = 16 << 20
 
-// room is where the next bytes go, one at least, which take then takes. A new chunk has
-// room for so many, or else is longer than the last.
-func (c *chunks) room(many int) []byte {
-	n := len(c.list)
-	if n == 0 || len(c.list[n-1]) == cap(c.list[n-1]) {
-		if n > 0 {
-			many = max(many, min(2*cap(c.list[n-1]), large))
+// room returns space for the next bytes, at least one. A new chunk has space for n bytes, or
+// else for twice as many as the one before.
+func (b *buffer) room(n int) []byte {
+	last := len(b.chunks) - 1
+	if last < 0 || len(b.chunks[last]) == cap(b.chunks[last]) {
+		if last >= 0 {
+			n = max(n, min(2*cap(b.chunks[last]), maxChunk))
 		}
-		c.list = append(c.list, make([]byte, 0, many))
+		b.chunks = append(b.chunks, make([]byte, 0, n))
+		last++
 	}
-	last := c.list[len(c.list)-1]
-	return last[len(last):cap(last)]
+	chunk := b.chunks[last]
+	return chunk[len(chunk):cap(chunk)]
 }
 
-func (c *chunks) take(n int) {
-	last := &c.list[len(c.list)-1]
+// filled adds n bytes that were put into room.
+func (b *buffer) filled(n int) {
+	last := &b.chunks[len(b.chunks)-1]
 	*last = (*last)[:len(*last)+n]
 }
 
-func (c *chunks) Write(p []byte) (int, error) {
+func (b *buffer) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
-		n := copy(c.room(len(rest)), rest)
-		c.take(n)
+		n := copy(b.room(len(rest)), rest)
+		b.filled(n)
 		rest = rest[n:]
 	}
 	return len(p), nil
 }
 
-// Bytes are all of them, in one piece.
-func (c *chunks) Bytes() []byte {
-	if len(c.list) == 1 {
-		return c.list[0]
+// Bytes joins the bytes into one piece and returns it.
+func (b *buffer) Bytes() []byte {
+	if len(b.chunks) == 1 {
+		return b.chunks[0]
 	}
-	all := bytes.Join(c.list, nil)
-	c.list = [][]byte{all}
-	freeIfLarge(size(len(all)))
-	return all
+	joined := bytes.Join(b.chunks, nil)
+	b.chunks = [][]byte{joined}
+	freeMemory(size(len(joined)))
+	return joined
 }
 
-// freeIfLarge gives back memory that is not used any more, if it may be that much.
-func freeIfLarge(length size) {
-	if length >= large {
-		debug.FreeOSMemory()
-	}
-}
-
-// readAll is io.ReadAll for input that may take most of the memory.
+// readAll is io.ReadAll for input that may take a large part of the memory.
 func readAll(file *os.File) ([]byte, error) {
-	var all chunks
+	var input buffer
 	if info, err := file.Stat(); err == nil && info.Mode().IsRegular() {
-		all.list = [][]byte{make([]byte, 0, info.Size()+1)} // it ends in there
+		input.room(int(info.Size()) + 1) // one more, so that the end of the file fits in
 	}
 	for {
-		n, err := file.Read(all.room(4 << 10))
-		all.take(n)
+		n, err := file.Read(input.room(4 << 10))
+		input.filled(n)
 		if err == io.EOF {
-			return all.Bytes(), nil
+			return input.Bytes(), nil
 		}
 		if err != nil {
 			return nil, err
 		}
+	}
+}
+
+// freeMemory returns memory to the system after so many bytes became garbage, unless they
+// are too few to be worth the collection.
+func freeMemory(garbage size) {
+	if garbage >= maxChunk {
+		debug.FreeOSMemory()
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -20,7 +19,7 @@ import (
 	"github.com/mattn/go-isatty"
 )
 
-// eachFlags are those of a batch.
+// eachFlags are the flags of a batch.
 type eachFlags struct {
 	Each      bool `short:"e" xor:"input"`
 	Jobs      *int `short:"j"`
@@ -31,12 +30,11 @@ type eachFlags struct {
 }
 
 const (
-	defaultJobs = 16
-	maxFlying   = 10000
+	defaultJobs  = 16
+	maxBatchJobs = 10000
 
-	// window is how many requests, for each in flight, may wait with their reply for one
-	// that is to be printed before them.
-	window = 8
+	// maxUnprinted limits the replies that wait for an earlier one to be printed, for each job.
+	maxUnprinted = 8
 )
 
 func (f *eachFlags) check() error {
@@ -48,42 +46,42 @@ func (f *eachFlags) check() error {
 		{"--joblog", f.Joblog != ""}, {"--resume", f.Resume},
 	} {
 		if flag.given && !f.Each {
-			return misuse("--each makes a request of each line", "%s without --each", flag.name)
+			return misuse("--each makes a request of each line", "%s needs --each", flag.name)
 		}
 	}
 	switch {
-	case f.Jobs != nil && (*f.Jobs < 1 || *f.Jobs > maxFlying):
-		return misuse(fmt.Sprintf("1 to %d", maxFlying), "--jobs %d", *f.Jobs)
+	case f.Jobs != nil && (*f.Jobs < 1 || *f.Jobs > maxBatchJobs):
+		return misuse("--jobs 16", "--jobs must be 1 to %d, not %d", maxBatchJobs, *f.Jobs)
 	case f.Resume && f.Joblog == "":
-		return misuse("it tells what need not be done again", "--resume without --joblog FILE")
+		return misuse("FILE shows which lines are done", "--resume needs --joblog FILE")
 	}
 	return nil
 }
 
 // each makes a batch of standard input.
 func (t *requestTool) each(endpoint string) error {
-	log, err := openJoblog(t.Joblog, t.Resume)
+	log, err := openJobLog(t.Joblog, t.Resume)
 	if err != nil {
 		return err
 	}
-	defer log.close()
+	defer log.file.Close()
 	client, restore := t.client(endpoint)
 	defer restore()
 	jobs := defaultJobs
 	if t.Jobs != nil {
 		jobs = *t.Jobs
 	}
-	client.plain = jobs == 1
+	client.caller.correlated = jobs > 1
 	// A reader that goes away must not end us before we took back what is for nobody.
 	signal.Ignore(syscall.SIGPIPE)
-	// Each request leaves some garbage; more of them are not to take more memory.
+	// Each request leaves some garbage; more of them must not take more memory.
 	debug.SetGCPercent(25)
 
-	stdin, total := readLines(client.stop, os.Stdin, t.separator()[0], client.bell.Ring)
-	status := newStatusLine(t.voice("brequest"), time.Second/2)
+	stdin, total := readLines(client.stop, os.Stdin, t.separator()[0], client.waiter.Wake)
+	status := newStatusLine(t.console("brequest"), time.Second/2)
 	b := &batch{
 		requestTool: t,
-		voice:       t.voice("brequest"),
+		console:     t.console("brequest"),
 		client:      client,
 		jobs:        jobs,
 		stdin:       stdin,
@@ -91,263 +89,225 @@ func (t *requestTool) each(endpoint string) error {
 		stdout:      bufio.NewWriterSize(status.above(os.Stdout), 64<<10),
 		status:      status,
 		log:         log,
-		flying:      map[*call]*job{},
+		begun:       map[*call]*item{},
 		begin:       time.Now(),
 	}
 	defer status.hide()
 	return b.run()
 }
 
-// A batch is a request for each line of input.
+// A batch makes a request of each line of input.
 type batch struct {
 	*requestTool
-	voice
+	console
 	client *Client
-	jobs   int           // at a time
-	stdin  <-chan line   // nil once no more is to be read
-	total  *atomic.Int64 // lines of it, once it has ended
+	jobs   int              // at a time
+	stdin  <-chan inputLine // nil when no more is to be read
+	total  *atomic.Int64    // the number of lines, once the input has ended
 	stdout *bufio.Writer
 	status *statusLine
-	log    *joblog
+	log    *jobLog
 
-	flying  map[*call]*job
-	pausing []*job // until their next try
-	held    []*job // in the order of the input, to be printed; none with --unordered
+	begun     map[*call]*item // not ended
+	unprinted []*item         // in the order of the input; none with --unordered
 
 	begin        time.Time
 	read         int // lines
-	skipped      int // of them, since they were done before
+	skipped      int // of them, because they were done before
 	done, failed int // requests that ended, and those of them that failed
-	lastFailure  answer
+	lastError    error
 	stopping     bool  // after one that failed
-	unreadable   error // why the rest of stdin cannot be read
+	readError    error // why the rest of stdin cannot be read
 }
 
-// A job is a line of input on its way to being done.
-type job struct {
+// An item is a line of input and its request.
+type item struct {
 	number int
 	line   []byte
 	begin  time.Time
-	tries  int
-	due    time.Time // of the next try
-	over   bool      // it is to be printed, or there is nothing to print
-	output [][]byte
+	ended  bool     // its output may be printed
+	output [][]byte // nil if there is nothing to print
 }
 
 func (b *batch) run() error {
 	for {
-		b.retry()
-		b.take()
-		if b.stdin == nil && len(b.flying)+len(b.pausing) == 0 {
+		b.beginItems()
+		if b.stdin == nil && len(b.begun) == 0 {
 			break
 		}
 		if err := b.flush(); err != nil {
 			b.abandon()
 			return err
 		}
-		ended, err := b.client.Await(earlier(b.nextTry(), b.status.show(time.Second/5, b.progress)))
-		for _, r := range ended {
-			b.end(r)
+		ended, err := b.client.Await(b.status.show(time.Second/5, b.progress))
+		for _, c := range ended {
+			b.end(c)
 		}
 		if b.client.stop.Err() != nil {
 			b.abandon()
 			b.flush()
 			b.status.hide()
-			b.note("%s: %s, %d given up", b.Name, b.tally(), b.read-b.skipped-b.done)
+			b.infof("%s: %s, %d given up", b.Name, b.tally(), b.read-b.skipped-b.done)
 			return context.Cause(b.client.stop)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	b.client.Abandon() // nothing but what was not answered about those given up
+	b.client.Abandon() // Only cancels are left that the broker has not confirmed.
 	if err := b.flush(); err != nil {
 		return err
 	}
 	switch {
-	case b.unreadable != nil:
-		return &failure{status: exitIO, err: b.unreadable}
+	case b.readError != nil:
+		return &failure{status: exitIO, err: b.readError}
 	case b.failed > 0:
 		f := &failure{status: exitSome, err: fmt.Errorf("%s: %s", b.Name, b.tally())}
-		if b.lastFailure.err != nil {
-			f.hint = b.explain(b.client, b.lastFailure).hint
+		if b.lastError != nil {
+			f.hint = failureOf(b.explain(b.client, b.lastError)).hint
 		}
 		return f
 	}
 	return nil
 }
 
-// take begins a request for each line that has come, as long as there is room for it.
-func (b *batch) take() {
-	for len(b.flying)+len(b.pausing) < b.jobs && len(b.held) < window*b.jobs {
+// beginItems begins a request for each line that was read, as long as there is room for it.
+func (b *batch) beginItems() {
+	for len(b.begun) < b.jobs && len(b.unprinted) < maxUnprinted*b.jobs {
 		select {
-		case l, more := <-b.stdin:
-			if !more || l.err != nil {
-				b.stdin, b.unreadable = nil, l.err
+		case line, more := <-b.stdin:
+			if !more || line.err != nil {
+				b.stdin, b.readError = nil, line.err
 				return
 			}
 			b.read++
-			if b.log.skip(l.text) {
+			if b.log.skip(line.text) {
 				b.skipped++
 				continue
 			}
-			j := &job{number: b.read, line: l.text, begin: time.Now()}
+			it := &item{number: b.read, line: line.text, begin: time.Now()}
 			if !b.Unordered {
-				b.held = append(b.held, j)
+				b.unprinted = append(b.unprinted, it)
 			}
-			b.submit(j)
+			request := &call{service: b.Name, body: framesOf(b.Args.with(string(it.line))), timeout: b.Timeout, retries: b.Retries}
+			b.begun[request] = it
+			b.client.Begin(request)
 		default:
 			return
 		}
 	}
 }
 
-// submit sends the request, for the first time or again.
-func (b *batch) submit(j *job) {
-	j.tries++
-	r := &call{service: b.Name, body: framesOf(b.Args.with(string(j.line))), timeout: time.Duration(b.Timeout)}
-	b.flying[r] = j
-	b.client.Begin(r)
-}
-
-// end is the end of a try, and of the job unless another one follows.
-func (b *batch) end(r *call) {
-	j := b.flying[r]
-	delete(b.flying, r)
-	switch a := answerOf(r.reply, r.err); {
-	case errors.Is(r.err, errCancelled):
-		j.over = true
-	case a.temporary() && j.tries <= b.Retries && !b.stopping:
-		j.due = time.Now().Add(pauseAfter(j.tries))
-		b.pausing = append(b.pausing, j)
-	default:
-		b.finish(j, a)
+// end takes a call that ended, and prints what is next in the order of the input.
+func (b *batch) end(c *call) {
+	it := b.begun[c]
+	delete(b.begun, c)
+	it.ended = true
+	if !errors.Is(c.err, errCancelled) {
+		b.finish(it, c)
 	}
-	for len(b.held) > 0 && b.held[0].over {
-		b.print(b.held[0])
-		b.held = b.held[1:]
+	for len(b.unprinted) > 0 && b.unprinted[0].ended {
+		b.print(b.unprinted[0])
+		b.unprinted = b.unprinted[1:]
 	}
 }
 
-func (b *batch) finish(j *job, a answer) {
-	j.over, j.output = true, a.output
+// finish counts and logs a request that ended, and reports its failure.
+func (b *batch) finish(it *item, c *call) {
+	it.output = c.reply.Output
 	b.done++
-	b.log.add(j, a)
-	b.detail("%s: status %d after %v", j.subject(), a.status, time.Since(j.begin).Round(time.Millisecond))
-	b.complain(j, a)
+	b.log.add(it, c)
+	b.debugf("%s: status %d after %v", it.subject(), c.status(), time.Since(it.begin).Round(time.Millisecond))
+	b.complain(it, c)
 	if b.Unordered {
-		b.print(j)
+		b.print(it)
 	}
-	if a.status != 0 {
+	if c.status() != 0 {
 		b.failed++
-		b.lastFailure = a
+		b.lastError = c.err
 		if b.FailFast && !b.stopping {
-			b.halt()
+			b.stop()
 		}
 	}
 }
 
-// halt takes no more input, and cancels what waits. What runs already may end.
-func (b *batch) halt() {
+// stop reads no more input, and cancels what has not begun. What already runs may end.
+func (b *batch) stop() {
 	b.stopping, b.stdin = true, nil
-	for _, j := range b.pausing {
-		j.over = true
-	}
-	b.pausing = nil
-	for r := range b.flying {
-		b.client.Cancel(r)
+	for c := range b.begun {
+		b.client.Cancel(c)
 	}
 }
 
-// abandon gives up what has not ended, and prints what waits for its turn.
+// abandon gives up what has not ended, and prints what waited for its turn.
 func (b *batch) abandon() {
-	for _, r := range b.client.Abandon() {
-		b.end(r)
+	for _, c := range b.client.Abandon() {
+		b.end(c)
 	}
-	for _, j := range b.held {
-		b.print(j)
+	for _, it := range b.unprinted {
+		b.print(it)
 	}
 }
 
-// retry sends again what has had its pause.
-func (b *batch) retry() {
-	now := time.Now()
-	b.pausing = slices.DeleteFunc(b.pausing, func(j *job) bool {
-		if now.Before(j.due) {
-			return false
-		}
-		b.submit(j)
-		return true
-	})
-}
-
-func (b *batch) nextTry() (due time.Time) {
-	for _, j := range b.pausing {
-		due = earlier(due, j.due)
-	}
-	return due
-}
-
-// print prints a reply with an end, and several frames as a single request does.
-func (b *batch) print(j *job) {
-	for _, frame := range j.output {
+// print prints a reply with a separator at its end, or several frames as a single request does.
+func (b *batch) print(it *item) {
+	for _, frame := range it.output {
 		b.stdout.Write(frame)
 		ended := bytes.HasSuffix(frame, []byte("\n")) || len(frame) == 0
-		if b.Null || !ended || len(j.output) > 1 {
+		if b.Null || !ended || len(it.output) > 1 {
 			b.stdout.Write(b.separator())
 		}
 	}
-	j.output = nil
+	it.output = nil
 }
 
-// flush writes out what has been printed, and then what is thus done.
+// flush writes what was printed, and then the log of what is thus done.
 func (b *batch) flush() error {
 	if err := b.stdout.Flush(); err != nil {
 		return outputFailure(err)
 	}
-	if err := b.log.flush(); err != nil {
-		return &failure{status: exitIO, err: err}
-	}
-	return nil
+	return outputFailure(b.log.Flush())
 }
 
-// complain tells the person what a service says on standard error, and of a failure.
-func (b *batch) complain(j *job, a answer) {
-	if a.status != 0 || len(a.stderr) > 0 {
-		b.status.hide()
+// complain prints the standard error of a service and the failure of a request, with its line.
+func (b *batch) complain(it *item, c *call) {
+	status, stderr := c.status(), c.reply.Stderr
+	if status == 0 && len(stderr) == 0 {
+		return
 	}
-	subject := j.subject()
+	b.status.hide()
+	subject := it.subject()
 	switch {
-	case a.err != nil:
-		b.say("%s: %v", subject, a.err)
-	case a.status != 0 && len(a.stderr) == 0:
-		b.say("%s: exit status %d", subject, a.status)
+	case c.err != nil:
+		b.errorf("%s: %v", subject, c.err)
+	case len(stderr) == 0:
+		b.errorf("%s: exit status %d", subject, status)
 	}
 	var said strings.Builder
-	for line := range bytes.Lines(a.stderr) {
+	for line := range bytes.Lines(stderr) {
 		fmt.Fprintf(&said, "%s: %s\n", subject, bytes.TrimSuffix(line, []byte("\n")))
 	}
 	os.Stderr.WriteString(said.String())
-	if b.FailFast && a.status != 0 && !b.stopping {
-		b.say("%s: exit status %d is the first that failed; beginning no more", subject, a.status)
+	if b.FailFast && status != 0 && !b.stopping {
+		b.errorf("%s: exit status %d is the first failure; no more requests are begun", subject, status)
 	}
 }
 
-// subject is the line of a job as far as a message can have it.
-func (j *job) subject() string {
+// subject returns as much of the line as fits into a message.
+func (it *item) subject() string {
 	const length = 60
-	text := printable(string(j.line))
+	text := printable(string(it.line))
 	if len(text) > length {
 		text = strings.ToValidUTF8(text[:length], "") + "..."
 	}
 	return text
 }
 
-// progress is what a status line tells.
+// progress returns the text of the status line.
 func (b *batch) progress() string {
 	elapsed := time.Since(b.begin)
 	rate := float64(b.done) / elapsed.Seconds()
-	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.tally(), len(b.flying), rate)
+	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.tally(), len(b.begun)-len(b.client.caller.pausing), rate)
 	if left := int(b.total.Load()) - b.skipped - b.done; left > 0 && rate > 0 {
 		seconds := time.Duration(float64(left) / rate * float64(time.Second))
 		text += fmt.Sprintf(", %v left", seconds.Round(time.Second))
@@ -367,35 +327,35 @@ func (b *batch) tally() string {
 	return text
 }
 
-// A line of standard input, or the reason why there is none.
-type line struct {
+// An inputLine is a line of standard input, or the reason why it cannot be read.
+type inputLine struct {
 	text []byte
 	err  error
 }
 
-// readLines reads somewhat ahead, and rings for each line and for the end. Then total is
-// how many there were.
-func readLines(stop context.Context, file io.Reader, end byte, ring func()) (lines chan line, total *atomic.Int64) {
-	lines, total = make(chan line, 64), new(atomic.Int64)
+// readLines reads somewhat ahead, and calls wake for each line and at the end. Only then total is
+// the number of lines.
+func readLines(stop context.Context, file io.Reader, terminator byte, wake func()) (lines chan inputLine, total *atomic.Int64) {
+	lines, total = make(chan inputLine, 64), new(atomic.Int64)
 	go func() {
 		count := int64(0)
-		defer ring()
+		defer wake()
 		defer close(lines)
 		defer func() { total.Store(count) }()
 		reader := bufio.NewReaderSize(file, 64<<10)
 		for {
-			text, err := reader.ReadBytes(end)
+			text, err := reader.ReadBytes(terminator)
 			if err == io.EOF && len(text) == 0 {
 				return
 			}
-			l := line{text: bytes.TrimSuffix(text, []byte{end})}
+			line := inputLine{text: bytes.TrimSuffix(text, []byte{terminator})}
 			if err != nil && err != io.EOF {
-				l = line{err: err}
+				line = inputLine{err: err}
 			}
 			select {
-			case lines <- l:
+			case lines <- line:
 				count++
-				ring()
+				wake()
 			case <-stop.Done():
 				return
 			}
@@ -407,33 +367,33 @@ func readLines(stop context.Context, file io.Reader, end byte, ring func()) (lin
 	return lines, total
 }
 
-// A joblog is a file with a line for each request that ended: what ended with status 0
-// need not be done again. A nil one logs nothing.
-type joblog struct {
-	file *os.File
+// A jobLog is a file with a line for each request that ended, so that one that ended with status
+// 0 need not be made again.
+type jobLog struct {
+	file *os.File // nil to log nothing
 	*bufio.Writer
-	done map[string]int // lines to skip, and how often they were done
+	done map[string]int // lines to skip, and how often
 }
 
-const joblogHeader = "number\tstart\tseconds\tstatus\tbytes\tinput\n"
+const jobLogHeader = "number\tstart\tseconds\tstatus\tbytes\tinput\n"
 
-// joblogEscaper keeps a line of input on one line, and in one field.
-var joblogEscaper = strings.NewReplacer("\\", "\\\\", "\t", "\\t", "\n", "\\n")
+// jobLogEscaper keeps a line of input in one field of one line.
+var jobLogEscaper = strings.NewReplacer("\\", "\\\\", "\t", "\\t", "\n", "\\n")
 
-// openJoblog begins a new log, or goes on with the one that is there. A file that is no
-// log is left alone.
-func openJoblog(path string, resume bool) (*joblog, error) {
+// openJobLog begins a new log, or continues the one that exists. It leaves a file alone that is
+// not a job log.
+func openJobLog(path string, resume bool) (*jobLog, error) {
 	if path == "" {
-		return nil, nil
+		return &jobLog{Writer: bufio.NewWriter(io.Discard)}, nil
 	}
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
 	if err != nil {
-		return nil, misuse("a file that can be written", "--joblog: %w", err)
+		return nil, misuse("FILE must be writable", "--joblog: %w", err)
 	}
-	l := &joblog{file: file, Writer: bufio.NewWriter(file), done: map[string]int{}}
+	l := &jobLog{file: file, Writer: bufio.NewWriter(file), done: map[string]int{}}
 	info, err := file.Stat()
 	if err != nil || !info.Mode().IsRegular() {
-		l.WriteString(joblogHeader)
+		l.WriteString(jobLogHeader)
 		return l, err
 	}
 	length, err := l.load(resume)
@@ -441,24 +401,24 @@ func openJoblog(path string, resume bool) (*joblog, error) {
 		return nil, fmt.Errorf("--joblog: %w", err)
 	}
 	if length == 0 {
-		l.WriteString(joblogHeader)
+		l.WriteString(jobLogHeader)
 	}
 	_, err = file.Seek(length, io.SeekStart)
 	return l, errors.Join(file.Truncate(length), err)
 }
 
-// load reads what is done, and returns the length of what is to be kept. A line that was
-// cut off in the midst is not.
-func (l *joblog) load(resume bool) (length int64, err error) {
+// load reads which lines are done, and returns the length of the log to continue. It drops a last
+// line that is incomplete.
+func (l *jobLog) load(resume bool) (length int64, err error) {
 	r := bufio.NewReader(l.file)
 	header, err := r.ReadString('\n')
 	switch {
-	case err == io.EOF && strings.HasPrefix(joblogHeader, header):
+	case err == io.EOF && strings.HasPrefix(jobLogHeader, header):
 		return 0, nil
 	case err != nil && err != io.EOF:
 		return 0, err
-	case header != joblogHeader:
-		return 0, misuse("another FILE", "%s is there and no job log", l.file.Name())
+	case header != jobLogHeader:
+		return 0, misuse("use another FILE", "%s exists and is not a job log", l.file.Name())
 	case !resume:
 		return 0, nil
 	}
@@ -479,12 +439,12 @@ func (l *joblog) load(resume bool) (length int64, err error) {
 	}
 }
 
-// skip tells whether a line need not be done again, for each time that it was done.
-func (l *joblog) skip(line []byte) bool {
-	if l == nil || len(l.done) == 0 {
+// skip tells whether a line need not be done again, once for each time that it was done.
+func (l *jobLog) skip(line []byte) bool {
+	if len(l.done) == 0 {
 		return false
 	}
-	input := joblogEscaper.Replace(string(line))
+	input := jobLogEscaper.Replace(string(line))
 	if l.done[input] == 0 {
 		return false
 	}
@@ -492,54 +452,41 @@ func (l *joblog) skip(line []byte) bool {
 	return true
 }
 
-func (l *joblog) add(j *job, a answer) {
-	if l == nil {
+func (l *jobLog) add(it *item, c *call) {
+	if l.file == nil {
 		return
 	}
-	fmt.Fprintf(l, "%d\t%.3f\t%.3f\t%d\t%d\t%s\n", j.number, float64(j.begin.UnixMicro())/1e6,
-		time.Since(j.begin).Seconds(), a.status, sizeOf(a.output), joblogEscaper.Replace(string(j.line)))
+	fmt.Fprintf(l, "%d\t%.3f\t%.3f\t%d\t%d\t%s\n", it.number, float64(it.begin.UnixMicro())/1e6,
+		time.Since(it.begin).Seconds(), c.status(), sizeOf(c.reply.Output), jobLogEscaper.Replace(string(it.line)))
 }
 
-func (l *joblog) close() {
-	if l != nil {
-		l.file.Close()
-	}
-}
-
-func (l *joblog) flush() error {
-	if l == nil {
-		return nil
-	}
-	return l.Writer.Flush()
-}
-
-// A statusLine tells a person at a terminal what goes on, and vanishes.
+// A statusLine shows a person at a terminal what is going on, until it is hidden.
 type statusLine struct {
 	watched bool
 	shown   bool
 	due     time.Time // when to show what is new
 }
 
-func newStatusLine(v voice, after time.Duration) *statusLine {
-	watched := !v.quiet && !v.verbose && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
+func newStatusLine(c console, after time.Duration) *statusLine {
+	watched := !c.quiet && !c.verbose && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
 	return &statusLine{watched: watched, due: time.Now().Add(after)}
 }
 
-// show shows a text where that is due, and returns when it will be due again: never, as
-// a zero time, where nobody watches.
+// show shows text if it is due, and returns when it is due again: zero, for never, if nobody
+// watches.
 func (s *statusLine) show(every time.Duration, text func() string) (due time.Time) {
 	if !s.watched {
 		return due
 	}
 	if now := time.Now(); !now.Before(s.due) {
-		// What does not fit is cut off by the terminal, else it could not be erased.
+		// The terminal cuts off what does not fit into a line: more could not be erased.
 		fmt.Fprintf(os.Stderr, "\r\x1b[?7l%s\x1b[K\x1b[?7h", text())
 		s.shown, s.due = true, now.Add(every)
 	}
 	return s.due
 }
 
-// hide makes room for something else.
+// hide erases the line, so that something else can be printed.
 func (s *statusLine) hide() {
 	if s.shown {
 		fmt.Fprint(os.Stderr, "\r\x1b[K")
@@ -547,20 +494,20 @@ func (s *statusLine) hide() {
 	}
 }
 
-// above is for what is printed while a line is shown.
+// above returns a writer to a file that hides the line first, if both are on a terminal.
 func (s *statusLine) above(file *os.File) io.Writer {
 	if s.watched && isatty.IsTerminal(file.Fd()) {
-		return &printedAbove{file, s}
+		return &hidingWriter{file, s}
 	}
 	return file
 }
 
-type printedAbove struct {
+type hidingWriter struct {
 	io.Writer
 	line *statusLine
 }
 
-func (p *printedAbove) Write(data []byte) (int, error) {
-	p.line.hide()
-	return p.Writer.Write(data)
+func (w *hidingWriter) Write(data []byte) (int, error) {
+	w.line.hide()
+	return w.Writer.Write(data)
 }

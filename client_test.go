@@ -34,7 +34,7 @@ func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 		if !strings.HasPrefix(request[0], "brequest.") {
 			t.Errorf("the identity %q does not tell who it is", request[0])
 		}
-		broker.want(spell(reply), "good", "", "\x00\xff")
+		broker.want(spell(reply.Body()), "good", "", "\x00\xff")
 	}
 }
 
@@ -61,11 +61,11 @@ func TestClientWaitsForABrokerThatIsNotThereYet(t *testing.T) {
 	defer client.Disconnect()
 	reply := make(chan []string)
 	go func() {
-		body, err := client.Send("echo", nil, 10*time.Second)
+		came, err := client.Send("echo", nil, 10*time.Second)
 		if err != nil {
 			t.Error(err)
 		}
-		reply <- spell(body)
+		reply <- spell(came.Body())
 	}()
 	late := newPeer(t, zmq.ROUTER)
 	if err := late.Bind(endpoint); err != nil {
@@ -97,7 +97,7 @@ func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		broker.want(spell(reply), "last words")
+		broker.want(spell(reply.Body()), "last words")
 		client.Disconnect()
 	}
 }
@@ -165,7 +165,7 @@ func TestLateReplyIsNotTakenForTheNext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	broker.want(spell(reply), "second")
+	broker.want(spell(reply.Body()), "second")
 }
 
 func TestClientRefusesWhatIsNoReply(t *testing.T) {
@@ -219,7 +219,7 @@ func TestRequestsInFlightAreToldApartByAFrameOfTheirOwn(t *testing.T) {
 		if calls[i].err != nil {
 			t.Errorf("%s: %v", body, calls[i].err)
 		}
-		broker.want(spell(calls[i].reply), "reply to "+body)
+		broker.want(spell(calls[i].reply.Body()), "reply to "+body)
 	}
 }
 
@@ -243,7 +243,7 @@ func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsNobodys(t *testin
 	if !errors.Is(slow[0].err, errTimeout) {
 		t.Errorf("the slow one: %v", slow[0].err)
 	}
-	broker.want(spell(quick[0].reply), "reply")
+	broker.want(spell(quick[0].reply.Body()), "reply")
 }
 
 func TestCancelEndsWhatHasNotBegunAndNothingElse(t *testing.T) {
@@ -317,7 +317,7 @@ func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *te
 		return []string{request[0], request[1], "", "MDPC01", "echo", "here"}
 	})
 	awaitAll(t, client, next)
-	again.want(spell(next[0].reply), "here")
+	again.want(spell(next[0].reply.Body()), "here")
 }
 
 func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
@@ -330,7 +330,7 @@ func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
 		})
 		awaitAll(t, client, calls)
 		<-came
-		broker.want(spell(calls[0].reply), "here")
+		broker.want(spell(calls[0].reply.Body()), "here")
 	}
 	ask(broker)
 	broker.Close()
@@ -370,7 +370,7 @@ func TestWhatTimedOutWithoutABrokerIsNotSentToOneThatComes(t *testing.T) {
 		return []string{request[0], request[1], "", "MDPC01", "echo", "reply to " + request[5]}
 	})
 	awaitAll(t, client, patient)
-	late.want(spell(patient[0].reply), "reply to patient")
+	late.want(spell(patient[0].reply.Body()), "reply to patient")
 }
 
 func TestBrokerThatKnowsNoAddressStacksIsFoundOut(t *testing.T) {
@@ -450,7 +450,7 @@ func TestOneFrameIsPrintedAsItIsAndSeveralOneALine(t *testing.T) {
 // in this process.
 func BenchmarkRoundTrip(b *testing.B) {
 	endpoint := startBroker(b, 50*time.Millisecond)
-	startService(b, endpoint, func(_ string, body [][]byte) [][]byte { return body })
+	startService(b, endpoint, func(_ string, body [][]byte) Reply { return Reply{Output: body} })
 	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	for b.Loop() {

@@ -18,10 +18,7 @@ import (
 // flagsOf are the flags of an applet, as one writes them.
 func flagsOf(t *testing.T, a applet) []string {
 	t.Helper()
-	parser, err := newParser(a.new())
-	if err != nil {
-		t.Fatal(err)
-	}
+	parser := newParser(a.new())
 	var flags []string
 	for _, flag := range parser.Model.Flags {
 		flags = append(flags, "--"+flag.Name)

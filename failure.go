@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// The exit statuses of our own; a service's command adds its own to them. They are
-// those of sysexits.h, timeout(1) and the shell. README.md tells what each means.
+// The exit statuses of the tools themselves; a service's command adds its own. They are those
+// of sysexits.h, timeout(1) and the shell.
 const (
 	exitUsage       = 64
 	exitUnavailable = 69
@@ -22,21 +22,16 @@ const (
 	exitTimeout     = 124
 	exitCannotRun   = 126
 	exitNotFound    = 127
-	exitSignal      = 128 // plus the signal's number
+	exitSignal      = 128 // plus the number of the signal
 )
 
-// A failure is an error that knows the exit status it means.
+// A failure is an error with an exit status. Errors that wrap it have the same status and
+// hint, and their message is complete without the hint.
 type failure struct {
 	status int
-	err    error          // nil when there is nothing left to say
+	err    error          // nil when nothing is left to say
 	hint   string         // what to try, or empty
 	signal syscall.Signal // that ended the tool, or 0
-}
-
-// signalled is the failure of a tool that was ended by a signal.
-func signalled(s os.Signal) *failure {
-	number := s.(syscall.Signal)
-	return &failure{status: exitSignal + int(number), signal: number}
 }
 
 func (f *failure) Error() string {
@@ -48,7 +43,7 @@ func (f *failure) Error() string {
 
 func (f *failure) Unwrap() error { return f.err }
 
-// failureOf is the failure that an error is, or else one of status 1.
+// failureOf returns the failure that err is or wraps; any other error has status 1.
 func failureOf(err error) *failure {
 	var f *failure
 	if !errors.As(err, &f) {
@@ -57,58 +52,75 @@ func failureOf(err error) *failure {
 	return f
 }
 
-// misuse is the failure of wrong usage, with a hint at the right one.
+// misuse returns the failure of wrong usage, with a hint at the right one.
 func misuse(hint, format string, args ...any) error {
 	return &failure{status: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
 }
 
-// report tells the person what went wrong and returns the exit status.
-func report(name string, err error) int {
-	if err == nil {
-		return 0
-	}
-	f := failureOf(err)
-	v := voice{tool: name}
-	if f.err != nil {
-		v.say("%v", err)
-	}
-	if f.hint != "" {
-		v.say("hint: %s", f.hint)
-	}
-	if f.signal != 0 {
-		// A shell ends its loop on Ctrl-C only when the signal ended the command.
-		signal.Reset(f.signal)
-		syscall.Kill(os.Getpid(), f.signal)
-		<-time.After(time.Second) // for the signal to come, were it to another thread
-	}
-	return f.status
+// signalled returns the failure of a tool that was ended by a signal.
+func signalled(s os.Signal) *failure {
+	number := s.(syscall.Signal)
+	return &failure{status: exitSignal + int(number), signal: number}
 }
 
-// A voice talks to the person at the prompt, on standard error: "tool: message".
-type voice struct {
+// outputFailure returns the failure of writing to standard output, or nil. When the reader has
+// gone away, the tool ends quietly, by SIGPIPE, as other tools do.
+func outputFailure(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.EPIPE):
+		return signalled(syscall.SIGPIPE)
+	}
+	return &failure{status: exitIO, err: err}
+}
+
+// printOutput writes text to standard output.
+func printOutput(text string) error {
+	_, err := os.Stdout.WriteString(text)
+	return outputFailure(err)
+}
+
+// A console prints messages for a person to standard error, as "tool: message".
+type console struct {
 	tool           string
 	quiet, verbose bool
 }
 
-func (v voice) say(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "%s: %s\n", v.tool, fmt.Sprintf(format, args...))
+func (c console) errorf(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%s: %s\n", c.tool, fmt.Sprintf(format, args...))
 }
 
-// note says what -q silences.
-func (v voice) note(format string, args ...any) {
-	if !v.quiet {
-		v.say(format, args...)
+// infof prints what -q silences.
+func (c console) infof(format string, args ...any) {
+	if !c.quiet {
+		c.errorf(format, args...)
 	}
 }
 
-// detail says what -v asks for.
-func (v voice) detail(format string, args ...any) {
-	if v.verbose {
-		v.say(format, args...)
+// debugf prints what -v asks for.
+func (c console) debugf(format string, args ...any) {
+	if c.verbose {
+		c.errorf(format, args...)
 	}
 }
 
-// printable is a text as it is, or quoted where it would break a line or hide something.
+// report prints an error with its hint, and returns the failure that it is.
+func (c console) report(err error) *failure {
+	if err == nil {
+		return nil
+	}
+	f := failureOf(err)
+	if f.err != nil {
+		c.errorf("%v", err)
+	}
+	if f.hint != "" {
+		c.infof("hint: %s", f.hint)
+	}
+	return f
+}
+
+// printable returns text as it is, or quoted if it would break a line or hide something.
 func printable(text string) string {
 	if quoted := strconv.Quote(text); quoted != `"`+text+`"` {
 		return quoted
@@ -116,26 +128,17 @@ func printable(text string) string {
 	return text
 }
 
-// output writes data, for scripts.
-func output(text string) error {
-	if _, err := os.Stdout.WriteString(text); err != nil {
-		return &failure{status: exitIO, err: err}
-	}
-	return nil
-}
+const maxBackoff = 5 * time.Second
 
-// backoff is the pause after so many failures: short at first, seconds in the end.
+// backoff returns the pause after a number of failures in a row, at least one: from 0.1 s on,
+// doubling up to maxBackoff.
 func backoff(failures int) time.Duration {
-	return min(longestPause, 100*time.Millisecond<<min(failures-1, 10))
+	return min(maxBackoff, 100*time.Millisecond<<min(failures-1, 10))
 }
 
-const longestPause = 5 * time.Second
-
-// onSignals takes the signals that ask a tool to end, SIGTERM and SIGINT, and does one
-// step for each; more of them change nothing. After restore they end the process at once.
-//
-// SIGINT is left alone where whoever started the tool had it ignored, as shells do for
-// what a script starts with &.
+// onSignals calls the steps one after the other, one for each signal that asks the tool to
+// stop: SIGTERM, and SIGINT unless it was ignored at the start, as shells do for commands that a
+// script starts with &. Further signals do nothing. After restore they end the process at once.
 func onSignals(steps ...func(os.Signal)) (restore func()) {
 	wanted := []os.Signal{syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGINT) {
@@ -149,13 +152,4 @@ func onSignals(steps ...func(os.Signal)) (restore func()) {
 		}
 	}()
 	return func() { signal.Stop(signals) }
-}
-
-// outputFailure is that of standard output. A reader that has seen enough is none to
-// speak of: we end as other tools do.
-func outputFailure(err error) *failure {
-	if errors.Is(err, syscall.EPIPE) {
-		return signalled(syscall.SIGPIPE)
-	}
-	return &failure{status: exitIO, err: err}
 }

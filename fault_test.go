@@ -113,13 +113,13 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 				reply, err := client.Send("echo", frames(body), 5*time.Second)
 				outcome := "a wrong answer"
 				switch {
-				case err == nil && slices.Equal(spell(reply), []string{body}):
+				case err == nil && slices.Equal(spell(reply.Body()), []string{body}):
 					outcome = "right"
 				case errors.Is(err, errLost), errors.Is(err, errNoBroker):
 					outcome = "69"
 				case errors.Is(err, errTimeout):
 					outcome = "124"
-				case err == nil && len(reply) == 3 && string(reply[2]) == "exit status 69":
+				case err == nil && reply.Status == exitUnavailable:
 					outcome = "69"
 				}
 				mu.Lock()
@@ -164,7 +164,7 @@ func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
 			for n := range numbers {
 				body := fmt.Sprintf("%04d", n)
 				reply, err := client.Send("record", frames(body), 20*time.Second)
-				if err != nil || !slices.Equal(spell(reply), []string{body}) {
+				if err != nil || !slices.Equal(spell(reply.Body()), []string{body}) {
 					t.Errorf("request %s: %q, %v", body, reply, err)
 				}
 			}

@@ -15,76 +15,52 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-func newParser(t tool) (*kong.Kong, error) {
-	// kong's own way with strings is through JSON, which replaces what is no UTF-8.
-	exact := func(ctx *kong.DecodeContext, target reflect.Value) error {
-		text, err := popText(ctx)
-		target.SetString(text)
-		return err
-	}
-	return kong.New(t, kong.NoDefaultHelp(), kong.KindMapper(reflect.String, kong.MapperFunc(exact)))
-}
-
-// popText takes the next value, byte for byte.
-func popText(ctx *kong.DecodeContext) (string, error) {
-	token, err := ctx.Scan.PopValue("string")
-	text, _ := token.Value.(string)
-	return text, err
-}
-
-// usageFailure says in our words what kong found wrong with the arguments, and
-// guesses what was meant.
-func usageFailure(tool string, err error) error {
-	text, hint := err.Error(), tool+" --help"
-	if flag, ok := strings.CutPrefix(text, "unknown flag "); ok {
-		flag, _, _ = strings.Cut(flag, ",")
-		if !strings.HasPrefix(flag, "--") {
-			text = "unknown flag " + flag // kong's guesses at single letters help nobody
-		}
-		if tool != "bbroker" {
-			hint = fmt.Sprintf("put -- before arguments that are not for %s: %s NAME -- %s", tool, tool, flag)
-		}
-	}
-	if flag, _, ok := strings.Cut(text, ": expected "); ok && strings.HasSuffix(text, "(<EOL>)") {
-		text = flag + " needs a value"
-	}
-	return misuse(hint, "%s", text)
-}
-
-// commonFlags are the flags that every tool has.
+// commonFlags are the flags of every tool.
 type commonFlags struct {
 	Help    helpFlag `short:"h"`
 	Version versionFlag
-	Quiet   bool `short:"q" xor:"voice"`
-	Verbose bool `short:"v" xor:"voice"`
+	Quiet   bool `short:"q" xor:"verbosity"`
+	Verbose bool `short:"v" xor:"verbosity"`
 
 	Host   string
 	Port   string
 	Broker []string `sep:"none"`
 }
 
-const endpointHint = "tcp://HOST:PORT or ipc:///PATH"
+const (
+	defaultHost = "127.0.0.1"
+	defaultPort = "5555"
+)
 
-// endpoints are those of the broker, never none of them. Flags beat the environment,
-// and in each of the two the endpoint beats host and port.
+func (f *commonFlags) console(tool string) console {
+	return console{tool, f.Quiet, f.Verbose}
+}
+
+const endpointForm = "tcp://HOST:PORT or ipc:///PATH"
+
+// endpoints returns the endpoints of the brokers, at least one. Flags override the
+// environment, and in each of the two an endpoint overrides host and port.
 func (f *commonFlags) endpoints() ([]string, error) {
-	endpoints := f.Broker
+	source, endpoints := "--broker", f.Broker
 	if env := os.Getenv("BACKBONE_BROKER"); env != "" && endpoints == nil && f.Host == "" && f.Port == "" {
-		endpoints = []string{env}
+		source, endpoints = "BACKBONE_BROKER", []string{env}
 	}
-	for _, e := range endpoints {
-		if !strings.HasPrefix(e, "tcp://") && !strings.HasPrefix(e, "ipc://") {
-			return nil, misuse(endpointHint, "%q is no endpoint", e)
+	for _, endpoint := range endpoints {
+		if !strings.HasPrefix(endpoint, "tcp://") && !strings.HasPrefix(endpoint, "ipc://") {
+			return nil, misuse("--broker tcp://localhost:5555", "%s must be %s, not %q", source, endpointForm, endpoint)
 		}
 	}
 	if endpoints != nil {
 		return endpoints, nil
 	}
 
-	host := cmp.Or(f.Host, os.Getenv("BACKBONE_HOST"), "127.0.0.1")
-	port := cmp.Or(f.Port, os.Getenv("BACKBONE_PORT"), "5555")
+	host := cmp.Or(f.Host, os.Getenv("BACKBONE_HOST"), defaultHost)
+	source, port := "--port", f.Port
+	if port == "" {
+		source, port = "BACKBONE_PORT", cmp.Or(os.Getenv("BACKBONE_PORT"), defaultPort)
+	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return nil, misuse("a number from 1 to 65535", "%q is no port", port)
+		return nil, misuse("--port 5555", "%s must be a number from 0 to 65535, not %q", source, port)
 	}
 	if strings.Contains(host, ":") {
 		host = "[" + strings.Trim(host, "[]") + "]"
@@ -92,39 +68,32 @@ func (f *commonFlags) endpoints() ([]string, error) {
 	return []string{"tcp://" + host + ":" + port}, nil
 }
 
-// endpoint is that of the one broker that a service or a request goes to.
+// endpoint returns the endpoint of the one broker of a service or a request.
 func (f *commonFlags) endpoint() (string, error) {
 	endpoints, err := f.endpoints()
 	if err != nil {
 		return "", err
 	}
 	if len(endpoints) > 1 {
-		return "", misuse("only bbroker takes several", "more than one --broker")
+		return "", misuse("only bbroker takes several", "--broker must be given once, not %d times", len(endpoints))
 	}
 	return endpoints[0], nil
 }
 
-func (f *commonFlags) quiet() bool { return f.Quiet }
-
-// voice is how a tool with these flags talks.
-func (f *commonFlags) voice(tool string) voice {
-	return voice{tool, f.Quiet, f.Verbose}
-}
-
-// heartbeatFlags are those of the two tools that must know of each other whether
-// they live: each sends a heartbeat every Heartbeat, and holds the other for dead
-// when it has heard nothing for Liveness heartbeats of its own.
+// heartbeatFlags are those of the broker and of services, which watch each other: each sends a
+// heartbeat every Heartbeat, and takes the other for dead after Liveness heartbeats of its own
+// without a message.
 type heartbeatFlags struct {
-	Heartbeat duration `default:"1s"`
-	Liveness  int      `default:"5"`
+	Heartbeat time.Duration `default:"1s"`
+	Liveness  int           `default:"5"`
 }
 
 func (f *heartbeatFlags) Validate() error {
-	if f.Heartbeat < duration(time.Millisecond) {
-		return errors.New("--heartbeat must be 1ms or more")
+	if f.Heartbeat < time.Millisecond {
+		return fmt.Errorf("--heartbeat must be 1ms or more, not %v", f.Heartbeat)
 	}
 	if f.Liveness < 1 {
-		return errors.New("--liveness must be 1 or more")
+		return fmt.Errorf("--liveness must be 1 or more, not %d", f.Liveness)
 	}
 	return nil
 }
@@ -135,35 +104,16 @@ type (
 )
 
 var (
-	errHelp    = errors.New("help asked for")
-	errVersion = errors.New("version asked for")
+	errHelp    = errors.New("help requested")
+	errVersion = errors.New("version requested")
 )
 
-// BeforeReset stops kong before it misses the arguments that --help can do without.
+// BeforeReset runs before kong checks that required arguments are there.
 func (helpFlag) BeforeReset() error    { return errHelp }
 func (versionFlag) BeforeReset() error { return errVersion }
 
-// duration is a time as flags take it: with a unit, or a bare number of seconds.
-type duration time.Duration
-
-func (d *duration) Decode(ctx *kong.DecodeContext) error {
-	text, err := popText(ctx)
-	if err != nil {
-		return err
-	}
-	unit := ""
-	if _, err := strconv.ParseFloat(text, 64); err == nil {
-		unit = "s"
-	}
-	parsed, err := time.ParseDuration(text + unit)
-	if err != nil || parsed < 0 {
-		return fmt.Errorf("%q is no duration; try 5, 0.5 or 500ms", text)
-	}
-	*d = duration(parsed)
-	return nil
-}
-
-// size is a number of bytes as flags take it: with K, M or G for powers of 1024, or bare.
+// A size is a number of bytes. As a flag it is a bare number, or one with K, M or G for powers
+// of 1024.
 type size int64
 
 func (s *size) Decode(ctx *kong.DecodeContext) error {
@@ -177,26 +127,59 @@ func (s *size) Decode(ctx *kong.DecodeContext) error {
 	}
 	n, err := strconv.ParseInt(digits, 10, 64)
 	if err != nil || n < 1 || n > math.MaxInt64>>shift {
-		return fmt.Errorf("%q is no size; try 1000000, 64K, 256M or 1G", text)
+		return fmt.Errorf("%q is not a size such as 1000000, 64K, 256M or 1G", text)
 	}
 	*s = size(n << shift)
 	return nil
 }
 
-// operands are the arguments that a tool hands on untouched.
+// decodeDuration takes a duration with a unit, or a bare number of seconds.
+func decodeDuration(ctx *kong.DecodeContext, target reflect.Value) error {
+	text, err := popText(ctx)
+	if err != nil {
+		return err
+	}
+	unit := ""
+	if _, err := strconv.ParseFloat(text, 64); err == nil {
+		unit = "s"
+	}
+	d, err := time.ParseDuration(text + unit)
+	if err != nil || d < 0 {
+		return fmt.Errorf("%q is not a duration such as 5, 0.5 or 500ms", text)
+	}
+	target.SetInt(int64(d))
+	return nil
+}
+
+// decodeString takes text byte for byte. kong itself decodes through JSON, which replaces what
+// is not UTF-8.
+func decodeString(ctx *kong.DecodeContext, target reflect.Value) error {
+	text, err := popText(ctx)
+	target.SetString(text)
+	return err
+}
+
+// popText returns the next value as it was typed.
+func popText(ctx *kong.DecodeContext) (string, error) {
+	token, err := ctx.Scan.PopValue("string")
+	text, _ := token.Value.(string)
+	return text, err
+}
+
+// operands are arguments that a tool hands on untouched.
 type operands []string
 
-// AfterApply takes off the -- before them. kong leaves it there, since it cannot
-// tell whether it ends the flags; it does unless another one already did.
+// AfterApply removes the -- before them. kong leaves it there because it cannot tell whether
+// it ends the flags; it does, unless an earlier one did.
 func (o *operands) AfterApply(ctx *kong.Context) error {
-	ours := ctx.Args[:len(ctx.Args)-len(*o)]
-	if len(*o) > 0 && (*o)[0] == "--" && !slices.Contains(ours, "--") {
+	before := ctx.Args[:len(ctx.Args)-len(*o)]
+	if len(*o) > 0 && (*o)[0] == "--" && !slices.Contains(before, "--") {
 		*o = (*o)[1:]
 	}
 	return nil
 }
 
-// with are the operands for some values, which go where one of them is {}, else at the end.
+// with returns the operands with the values where one of them is {}, or else at the end.
 func (o operands) with(values ...string) []string {
 	if !slices.Contains(o, "{}") {
 		return slices.Concat(o, values)
@@ -210,4 +193,30 @@ func (o operands) with(values ...string) []string {
 		}
 	}
 	return all
+}
+
+// newParser returns a parser that fills in the flags of a tool.
+func newParser(t tool) *kong.Kong {
+	return kong.Must(t, kong.NoDefaultHelp(),
+		kong.KindMapper(reflect.String, kong.MapperFunc(decodeString)),
+		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(decodeDuration)))
+}
+
+// usageFailure returns the failure of arguments that kong could not parse, in our words and
+// with a guess at what was meant.
+func usageFailure(tool string, err error) error {
+	text, hint := err.Error(), tool+" --help"
+	if flag, ok := strings.CutPrefix(text, "unknown flag "); ok {
+		flag, _, _ = strings.Cut(flag, ",")
+		if !strings.HasPrefix(flag, "--") {
+			text = "unknown flag " + flag // without kong's guess, which a single letter makes useless
+		}
+		if tool != "bbroker" {
+			hint = fmt.Sprintf("put -- before arguments that are not for %s: %s NAME -- %s", tool, tool, flag)
+		}
+	}
+	if flag, _, ok := strings.Cut(text, ": expected "); ok && strings.HasSuffix(text, "(<EOL>)") {
+		text = flag + " needs a value"
+	}
+	return misuse(hint, "%s", text)
 }

@@ -69,11 +69,7 @@ func TestDurationsHaveUnitsOrAreSeconds(t *testing.T) {
 func TestSizesAreBytesOrHaveUnits(t *testing.T) {
 	parse := func(text string) (size, error) {
 		var tool brokerTool
-		parser, err := newParser(&tool)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, err = parser.Parse([]string{"--max-message=" + text})
+		_, err := newParser(&tool).Parse([]string{"--max-message=" + text})
 		return tool.MaxMessage, err
 	}
 	for text, want := range map[string]size{"1": 1, "1000": 1000, "64K": 65536, "256M": 256 << 20, "2G": 2 << 30} {
@@ -91,12 +87,8 @@ func TestSizesAreBytesOrHaveUnits(t *testing.T) {
 func parseTimeout(t *testing.T, text string) (time.Duration, error) {
 	t.Helper()
 	var tool requestTool
-	parser, err := newParser(&tool)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = parser.Parse([]string{"--timeout=" + text, "name"})
-	return time.Duration(tool.Timeout), err
+	_, err := newParser(&tool).Parse([]string{"--timeout=" + text, "name"})
+	return tool.Timeout, err
 }
 
 func TestFlagsEndAtTheFirstArgument(t *testing.T) {
@@ -118,11 +110,7 @@ func TestFlagsEndAtTheFirstArgument(t *testing.T) {
 		{[]string{"s\xff", "\xfe"}, "s\xff", operands{"\xfe"}},
 	} {
 		var tool requestTool
-		parser, err := newParser(&tool)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, err = parser.Parse(test.args)
+		_, err := newParser(&tool).Parse(test.args)
 		if err != nil || tool.Name != test.name || !slices.Equal(tool.Args, test.rest) {
 			t.Errorf("%q: %q asks %q, %v", test.args, tool.Name, tool.Args, err)
 		}

@@ -36,9 +36,9 @@ type fakeRouter struct {
 	clock  time.Time
 }
 
-var testRules = brokerRules{
-	heartbeatFlags: heartbeatFlags{Heartbeat: duration(time.Second), Liveness: 5},
-	QueueTTL:       duration(time.Minute),
+var testFlags = brokerFlags{
+	heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
+	QueueTTL:       time.Minute,
 	MaxQueue:       10,
 	MaxMemory:      1 << 20,
 }
@@ -52,7 +52,7 @@ func newFakeRouter(t *testing.T) *fakeRouter {
 		r.sent = append(r.sent, spell(frames))
 		return nil
 	}
-	r.Broker = NewBroker(testRules, r.clock, send, slog.New(slog.NewTextHandler(&r.log, nil)))
+	r.Broker = NewBroker(testFlags, r.clock, send, slog.New(slog.NewTextHandler(&r.log, nil)))
 	r.Tick(r.clock)
 	return r
 }
@@ -127,8 +127,8 @@ func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 	stop, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() {
-		rules := testRules
-		rules.heartbeatFlags = heartbeatFlags{Heartbeat: duration(heartbeat), Liveness: 100}
+		rules := testFlags
+		rules.heartbeatFlags = heartbeatFlags{Heartbeat: heartbeat, Liveness: 100}
 		err := serve(stop, socket, rules, time.Second, slog.New(slog.DiscardHandler))
 		socket.Close()
 		ended <- err
@@ -272,7 +272,7 @@ func serveOnce(broker peer, reply func(request []string) []string) <-chan []stri
 // newBatchClient makes a client for many requests at once.
 func newBatchClient(t *testing.T, endpoint string) *Client {
 	client := NewClient(context.Background(), endpoint)
-	client.plain = false
+	client.caller.correlated = true
 	t.Cleanup(client.Disconnect)
 	return client
 }
@@ -429,7 +429,7 @@ func (s *site) ask(name string, body ...string) ([]string, error) {
 	client := NewClient(context.Background(), s.endpoint)
 	defer client.Disconnect()
 	reply, err := client.Send(name, frames(body...), 20*time.Second)
-	return spell(reply), err
+	return spell(reply.Body()), err
 }
 
 func (s *site) expect(name string, body []string, want ...string) {
@@ -663,18 +663,18 @@ func spell(message [][]byte) []string {
 }
 
 // startService runs a service until the end of the test, or until stop is called.
-func startService(t testing.TB, endpoint string, handle Handle) (stop func()) {
+func startService(t testing.TB, endpoint string, handler Handler) (stop func()) {
 	t.Helper()
 	s := Service{
 		Name:           "echo",
 		Endpoint:       endpoint,
-		Handle:         handle,
-		heartbeatFlags: heartbeatFlags{Heartbeat: duration(50 * time.Millisecond), Liveness: 100},
-		voice:          voice{quiet: true},
+		Handler:        handler,
+		heartbeatFlags: heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100},
+		console:        console{quiet: true},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- s.Connect(ctx) }()
+	go func() { ended <- s.Serve(ctx) }()
 	stop = func() {
 		cancel()
 		if err := <-ended; err != nil {

@@ -14,57 +14,83 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// A link is a connection to a broker, which ZeroMQ makes and makes again by itself,
-// and what it tells of that. It belongs to one goroutine.
+// A link is a connection to a broker. When it breaks, ZeroMQ makes it again; the link tells of
+// that. It belongs to one goroutine.
 type link struct {
 	*socket
 	connected bool // the broker is there
-	lost      bool // it was, and the connection broke
+	broken    bool // it was, and the connection broke
 }
 
-// dial makes a link for the tool that it names in its identity: printable, telling a
-// person who it is, and never used twice. Looking up the host's name takes no longer than
-// until stop is done.
+// dial makes a link for a tool. Looking up the name of the host takes no longer than until stop
+// is done.
 func dial(stop context.Context, tool, endpoint string, options ...func(*socket) error) (*link, error) {
 	endpoint, err := lookUp(stop, endpoint)
 	if err != nil {
 		return nil, err
 	}
-	socket, err := newSocket(zmq.DEALER)
+	s, err := newSocket(zmq.DEALER)
 	if err != nil {
 		return nil, err
 	}
-	host, _ := os.Hostname()
-	identity := fmt.Sprintf("%s.%.200s.%d.%08x", tool, host, os.Getpid(), rand.Uint32())
 	err = errors.Join(
-		socket.SetIdentity(identity),
+		s.SetIdentity(newIdentity(tool)),
 		// What a socket still holds when it is closed is for nobody.
-		socket.SetLinger(0),
-		// A broker that comes back is found within a second, without hammering.
-		socket.SetReconnectIvl(20*time.Millisecond),
-		socket.SetReconnectIvlMax(time.Second),
-		setTransport(socket, endpoint),
-		socket.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
+		s.SetLinger(0),
+		// A broker that comes back is found within a second, without hammering it.
+		s.SetReconnectIvl(20*time.Millisecond),
+		s.SetReconnectIvlMax(time.Second),
+		setTransport(s, endpoint),
+		s.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
 	)
-	// The high-water marks stay at 1000: one request and some heartbeats at a time
-	// are far from it.
+	// The high-water marks stay at 1000 messages, far from what a request at a time and some
+	// heartbeats need.
 	for _, option := range options {
-		err = errors.Join(err, option(socket))
+		err = errors.Join(err, option(s))
 	}
 	if err != nil {
-		socket.Close()
+		s.Close()
 		return nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
-	if err := socket.Connect(endpoint); err != nil {
-		socket.Close()
-		return nil, misuse(endpointHint, "connect %s: %w", endpoint, err)
+	if err := s.Connect(endpoint); err != nil {
+		s.Close()
+		return nil, misuse("an endpoint is "+endpointForm, "connect %s: %w", endpoint, err)
 	}
-	return &link{socket: socket}, nil
+	return &link{socket: s}, nil
 }
 
-// Look reads what happened to the connection. A message that came before it broke can
-// still be received afterwards.
-func (l *link) Look() error {
+// newIdentity returns an identity that is never used again. It is printable and tells who has
+// it.
+func newIdentity(tool string) string {
+	host, _ := os.Hostname()
+	return fmt.Sprintf("%s.%.200s.%d.%08x", tool, host, os.Getpid(), rand.Uint32())
+}
+
+// setTransport sets what both ends of a connection need.
+func setTransport(s *socket, endpoint string) error {
+	return errors.Join(
+		// A host may vanish without a word; keepalive notices within two minutes.
+		s.SetTcpKeepalive(1),
+		s.SetTcpKeepaliveIdle(60),
+		s.SetTcpKeepaliveIntvl(10),
+		s.SetTcpKeepaliveCnt(6),
+		// Only for literal addresses: with IPv6, names would resolve to IPv6 addresses first.
+		s.SetIpv6(strings.Contains(endpoint, "[")),
+	)
+}
+
+// send sends a message as socket.send does, and notes that the connection broke.
+func (l *link) send(frames [][]byte) error {
+	err := l.socket.send(frames)
+	if err != nil && err != errWouldBlock {
+		l.broken = true
+	}
+	return err
+}
+
+// update reads what happened to the connection. Messages that came before it broke can still be
+// received.
+func (l *link) update() error {
 	for {
 		event, err := l.event()
 		switch {
@@ -73,47 +99,33 @@ func (l *link) Look() error {
 		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
 			l.connected = true
 		case l.connected:
-			l.connected, l.lost = false, true
+			l.connected, l.broken = false, true
 		}
 	}
 }
 
-// setTransport sets what both ends of a connection want.
-func setTransport(socket *socket, endpoint string) error {
-	return errors.Join(
-		// Hosts vanish without a word; keepalive finds out within two minutes.
-		socket.SetTcpKeepalive(1),
-		socket.SetTcpKeepaliveIdle(60),
-		socket.SetTcpKeepaliveIntvl(10),
-		socket.SetTcpKeepaliveCnt(6),
-		// Not by default: names would resolve to IPv6 addresses first.
-		socket.SetIpv6(strings.Contains(endpoint, "[")),
-	)
-}
-
-// lookUp puts an address in the place of a host's name. ZeroMQ would do so where it
-// connects, but by glibc's means, which a static binary has not; and it would not tell
-// of a name that there is not.
+// lookUp replaces the name of a host in an endpoint by its address. ZeroMQ would look it up by
+// means of glibc, which a static binary lacks, and would not report a name that does not exist.
 func lookUp(ctx context.Context, endpoint string) (string, error) {
 	hostPort, isTCP := strings.CutPrefix(endpoint, "tcp://")
 	host, port, err := net.SplitHostPort(hostPort)
-	// What is malformed, or has a source address, is ZeroMQ's to judge.
+	// ZeroMQ judges endpoints that are malformed or have a source address.
 	if !isTCP || err != nil || net.ParseIP(host) != nil || strings.ContainsAny(host, ";*%") {
 		return endpoint, nil
 	}
 	addresses, err := net.DefaultResolver.LookupIPAddr(ctx, host)
 	if dns := (*net.DNSError)(nil); errors.As(err, &dns) {
-		return "", &failure{status: exitUnavailable, err: fmt.Errorf("look up %s: %w", host, noHost(dns.Err)), hint: "is that the name of the broker's host?"}
+		return "", &failure{status: exitUnavailable, err: fmt.Errorf("look up %s: %w", host, lookUpError(dns.Err)), hint: "is that the name of the broker's host?"}
 	}
 	if err != nil {
 		return "", err
 	}
-	// IPv4 first, as the broker listens unless it is told otherwise.
+	// IPv4 first: the broker listens there unless it is told otherwise.
 	address := addresses[max(0, slices.IndexFunc(addresses, func(a net.IPAddr) bool { return a.IP.To4() != nil }))]
 	return "tcp://" + net.JoinHostPort(address.String(), port), nil
 }
 
-// noHost is why a name has no address, for now at least.
-type noHost string
+// A lookUpError is why a name has no address, at least for now.
+type lookUpError string
 
-func (n noHost) Error() string { return string(n) }
+func (e lookUpError) Error() string { return string(e) }

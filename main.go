@@ -1,6 +1,6 @@
 // Backbone turns any command into a network service and lets a shell script call it.
 //
-// It is one binary that is bbroker, bservice or brequest by the name it is called by.
+// It is one binary that is bbroker, bservice or brequest, depending on its name.
 package main
 
 import (
@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"syscall"
+	"time"
 
 	zmq "github.com/pebbe/zmq4"
 )
@@ -18,18 +21,18 @@ import (
 const backboneUsage = `Backbone turns any command into a network service and lets a shell script call it.
 
 Usage:
-  backbone APPLET [ARG...]   be that applet; its name may lack the leading b
+  backbone APPLET [ARG...]   run an applet; its name may lack the leading b
   backbone --list            print the names of the applets
-  backbone --install DIR     link each applet into DIR, overwriting nothing
+  backbone --install DIR     link the applets into DIR; overwrite nothing
   backbone --version
   backbone --help
 
 Applets, each with its own --help:
-  bbroker                    passes requests to services and replies back
-  bservice NAME COMMAND      serves a command under a name
-  brequest NAME [ARG...]     asks a service and prints its reply
+  bbroker                    pass requests to services, and their replies back
+  bservice NAME COMMAND      serve a command under a name
+  brequest NAME [ARG...]     call a service and print its reply
 
-Called through a link with an applet's name, backbone is that applet:
+Called through a link with the name of an applet, backbone is that applet:
   $ backbone --install ~/bin
   $ bbroker &
   $ bservice ls-service ls &
@@ -40,13 +43,13 @@ Called through a link with an applet's name, backbone is that applet:
 type applet struct {
 	name  string
 	usage string
-	new   func() tool // called for the applet that runs, so that the others cost nothing
+	new   func() tool // a function, so that the applets that do not run cost nothing
 }
 
-// A tool is an applet's flags, for kong to fill in, and the work to do with them.
+// A tool is the flags of an applet, for kong to fill in, and the work to do with them.
 type tool interface {
 	Run() error
-	quiet() bool
+	console(tool string) console
 }
 
 func applets() []applet {
@@ -58,56 +61,87 @@ func applets() []applet {
 }
 
 func main() {
-	os.Exit(run(os.Args))
+	exit(run(os.Args))
 }
 
-// run is the whole program up to its exit status. The applet is what the program was
-// called as, or else the first argument.
-func run(argv []string) int {
+// run is the whole program up to its exit: it returns the failure that was reported, or nil.
+// The applet is the name that the program was called by, or else the first argument.
+func run(argv []string) *failure {
 	words := append([]string{filepath.Base(argv[0])}, argv[1:]...)
 	for i, word := range words[:min(2, len(words))] {
 		for _, a := range applets() {
 			if word == a.name || "b"+word == a.name {
-				return report(a.name, a.run(words[i+1:]))
+				return a.run(words[i+1:])
 			}
 		}
 	}
-	return report("backbone", backbone(argv[1:]))
+	return console{tool: "backbone"}.report(backbone(argv[1:]))
+}
+
+// run parses the arguments of the applet and does its work.
+func (a applet) run(args []string) *failure {
+	t := a.new()
+	_, err := newParser(t).Parse(args)
+	switch {
+	case err == nil:
+		err = t.Run()
+	case errors.Is(err, errHelp):
+		err = printOutput(a.usage)
+	case errors.Is(err, errVersion):
+		err = printOutput(version(a.name))
+	default:
+		err = usageFailure(a.name, err)
+	}
+	return t.console(a.name).report(err)
+}
+
+// exit ends the process with the status of a failure, or by its signal.
+func exit(f *failure) {
+	if f == nil {
+		os.Exit(0)
+	}
+	if f.signal != 0 {
+		// A shell ends its loop on Ctrl-C only if the signal ended the command.
+		signal.Reset(f.signal)
+		syscall.Kill(os.Getpid(), f.signal)
+		<-time.After(time.Second) // The signal may be delivered to another thread.
+	}
+	os.Exit(f.status)
 }
 
 // backbone is what the binary does under its own name.
 func backbone(args []string) error {
 	switch {
 	case len(args) == 1 && (args[0] == "--help" || args[0] == "-h"):
-		return output(backboneUsage)
+		return printOutput(backboneUsage)
 	case len(args) == 1 && args[0] == "--version":
-		return output(version("backbone"))
+		return printOutput(version("backbone"))
 	case len(args) == 1 && args[0] == "--list":
 		var names strings.Builder
 		for _, a := range applets() {
 			fmt.Fprintln(&names, a.name)
 		}
-		return output(names.String())
+		return printOutput(names.String())
 	case len(args) == 2 && args[0] == "--install":
 		return install(args[1])
 	case len(args) == 1 && args[0] == "--install":
 		return misuse("backbone --install ~/bin", "--install needs a directory")
 	case len(args) == 0:
-		return misuse("backbone --help shows them", "no applet named")
+		return misuse("backbone --help lists the applets", "no applet given")
 	case strings.HasPrefix(args[0], "-"):
-		return misuse("backbone --help", "cannot make sense of %q", strings.Join(args, " "))
+		return misuse("backbone --help", "unknown arguments %q", strings.Join(args, " "))
 	}
-	return misuse("backbone --list shows them", "no applet %q", args[0])
+	return misuse("backbone --list prints the applets", "unknown applet %q", args[0])
 }
 
-// install links every applet into dir. What is there already stays: our own links
-// are left as they are, and anything else is an error before the first link is made.
+// install links every applet into a directory. Links of ours stay as they are. Anything
+// else with such a name is an error before the first link is made.
 func install(dir string) error {
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this binary: %w", err)
 	}
-	us, err := os.Stat(self)
+	ours, err := os.Stat(self)
 	if err != nil {
 		return fmt.Errorf("find this binary: %w", err)
 	}
@@ -119,8 +153,8 @@ func install(dir string) error {
 			missing = append(missing, link)
 			continue
 		}
-		if there, err := os.Stat(link); err != nil || !os.SameFile(us, there) {
-			return fmt.Errorf("%s is there already and not ours; move it away first", link)
+		if target, err := os.Stat(link); err != nil || !os.SameFile(ours, target) {
+			return fmt.Errorf("%s exists and is not a link to this binary; move it away first", link)
 		}
 	}
 	for _, link := range missing {
@@ -131,32 +165,7 @@ func install(dir string) error {
 	return nil
 }
 
-// run parses the applet's arguments and does its work.
-func (a applet) run(args []string) error {
-	t := a.new()
-	parser, err := newParser(t)
-	if err != nil {
-		return err
-	}
-	_, err = parser.Parse(args)
-	switch {
-	case errors.Is(err, errHelp):
-		return output(a.usage)
-	case errors.Is(err, errVersion):
-		return output(version(a.name))
-	case err != nil:
-		return usageFailure(a.name, err)
-	}
-
-	err = t.Run()
-	var f *failure
-	if t.quiet() && errors.As(err, &f) {
-		f.hint = ""
-	}
-	return err
-}
-
-// release is the version that scripts/build stamps into the binary.
+// release is the version that scripts/build puts into the binary.
 var release string
 
 func version(name string) string {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -8,7 +9,7 @@ import (
 	"strings"
 )
 
-// The wire: MDP/0.1 (RFC 7), with the address stacks of Dispatchr Backbone.
+// The protocol: MDP/0.1 (RFC 7), with the address stacks of Dispatchr Backbone.
 //
 //	message    = address '' ( client / worker )
 //	address    = *frame                             ; none of them empty
@@ -20,16 +21,16 @@ import (
 //	heartbeat  = %x04                               ; both ways
 //	disconnect = %x05                               ; both ways
 //
-// Every element is one frame, and a frame is bytes: no charset, no trimming.
-// A ROUTER puts the identity of the peer at the head of the address and takes it
-// off again; at a DEALER the address of a message is usually empty.
+// Every element is one frame, and a frame is any bytes. A ROUTER puts the identity of the peer at
+// the head of the address of a message that it receives, and takes it off one that it sends; at a
+// DEALER the address is usually empty.
 const (
 	clientProtocol = "MDPC01"
 	workerProtocol = "MDPW01"
 )
 
-// Kind says what a message is. A worker's message has a command byte on the wire,
-// and that is its Kind (RFC 7, "MDP/Worker"); a client's message has none.
+// Kind says what a message is. That of a worker's message is its command byte (RFC 7,
+// "MDP/Worker"); a client's message has none.
 type Kind int16
 
 const (
@@ -41,34 +42,28 @@ const (
 	KindDisconnect Kind = 0x05
 )
 
+var commandNames = [...]string{KindReady: "READY", KindRequest: "REQUEST", KindReply: "REPLY", KindHeartbeat: "HEARTBEAT", KindDisconnect: "DISCONNECT"}
+
 func (k Kind) String() string {
-	switch k {
-	case KindClient:
+	switch {
+	case k == KindClient:
 		return clientProtocol
-	case KindReady:
-		return "READY"
-	case KindRequest:
-		return "REQUEST"
-	case KindReply:
-		return "REPLY"
-	case KindHeartbeat:
-		return "HEARTBEAT"
-	case KindDisconnect:
-		return "DISCONNECT"
+	case k > 0 && int(k) < len(commandNames):
+		return commandNames[k]
 	}
 	return fmt.Sprintf("command 0x%02x", int16(k))
 }
 
-// Message is one MDP message taken apart. Beside Address and Kind it has
+// Message is a parsed MDP message. Besides Address and Kind,
 //
-//	Service, Body   when it is a client's
-//	Service         as a READY
-//	Client, Body    as a REQUEST or a REPLY
+//	a client's message has   Service, Body
+//	READY has                Service
+//	REQUEST and REPLY have   Client, Body
 type Message struct {
-	Address [][]byte // of the peer that it comes from or goes to
+	Address [][]byte // of the peer that it is from or for
 	Kind    Kind
 	Service []byte
-	Client  [][]byte // what a worker is given with a request and returns with the reply
+	Client  [][]byte // given to a worker with a request, and returned with the reply
 	Body    [][]byte
 }
 
@@ -79,19 +74,18 @@ var (
 	errNoClient   = errors.New("no empty frame after the client's address")
 )
 
-// Parse takes the frames of one message apart without copying them. An error says
-// what is wrong with the frames, in words for a log; the Address is there even then,
-// as far as it could be told.
+// Parse parses the frames of a message without copying them. An error says what is wrong with the
+// frames, in words for a log.
 //
-// Two slips of real peers are forgiven because their meaning is clear: no empty
-// frame before the protocol (Dispatchr Backbone's broker when it says DISCONNECT),
-// and frames after a command that takes none (its Node.js service, likewise).
+// Two deviations of real peers are accepted because their meaning is clear: no empty frame before
+// the protocol (the DISCONNECT of Dispatchr Backbone's broker), and frames after a command that
+// takes none (the DISCONNECT of its Node.js service).
 func Parse(frames [][]byte) (Message, error) {
 	address, rest, _ := cutAtEmpty(frames)
 	if len(rest) == 0 || !isProtocol(rest[0]) {
 		i := slices.IndexFunc(address, isProtocol)
 		if i < 0 {
-			return Message{Address: address}, errNoProtocol
+			return Message{}, errNoProtocol
 		}
 		address, rest = frames[:i], frames[i:]
 	}
@@ -126,14 +120,14 @@ func Parse(frames [][]byte) (Message, error) {
 	return m, nil
 }
 
-// Frames that are in every message, and not to be written to.
+// Frames that messages share. They must not be written to.
 var (
 	clientFrame   = []byte(clientProtocol)
 	workerFrame   = []byte(workerProtocol)
 	commandFrames = []byte{0, byte(KindReady), byte(KindRequest), byte(KindReply), byte(KindHeartbeat), byte(KindDisconnect)}
 )
 
-// Frames is the inverse of Parse.
+// Frames returns the frames of the message. It is the inverse of Parse.
 func (m Message) Frames() [][]byte {
 	frames := make([][]byte, 0, len(m.Address)+len(m.Client)+len(m.Body)+4)
 	frames = append(frames, m.Address...)
@@ -166,14 +160,14 @@ func isProtocol(frame []byte) bool {
 	return string(frame) == clientProtocol || string(frame) == workerProtocol
 }
 
-// The broker's own services (RFC 8, MMI). It answers every name with this prefix
-// itself and lets no worker register one.
+// The services of the broker itself (RFC 8, MMI). It answers every name with this prefix, and lets
+// no worker register one.
 const (
 	mmiPrefix   = "mmi."
 	mmiService  = "mmi.service"  // body: a service name; reply: found or not found
 	mmiServices = "mmi.services" // reply: a table of the services
 	mmiMetrics  = "mmi.metrics"  // reply: Prometheus' text format
-	mmiCancel   = "mmi.cancel"   // drops the client's waiting requests; reply: found or not found
+	mmiCancel   = "mmi.cancel"   // drops the waiting requests of the client; reply: found or not found
 
 	mmiFound          = "200"
 	mmiBadRequest     = "400"
@@ -181,41 +175,64 @@ const (
 	mmiNotImplemented = "501"
 )
 
-const statusPrefix = "exit status "
+// isManagement tells whether a name is one of the broker's own services.
+func isManagement(name string) bool { return strings.HasPrefix(name, mmiPrefix) }
 
-// statusReply is the body that tells a client about anything but plain success:
-// exactly three frames, standard output, standard error, and the exit status in words.
-func statusReply(stdout, stderr []byte, status int) [][]byte {
-	return [][]byte{stdout, stderr, []byte(statusPrefix + strconv.Itoa(status))}
+// A Reply is what came of a request, in the terms of a command.
+type Reply struct {
+	Output [][]byte // standard output in one frame; services of others may send any number
+	Stderr []byte
+	Status int // exit status
 }
 
-// parseStatusReply recognises a status reply, and the pair of frames that Dispatchr
-// Backbone's services send for a failure: "Error", message. Any other body is data.
-func parseStatusReply(body [][]byte) (stdout, stderr []byte, status int, ok bool) {
+const statusPrefix = "exit status "
+
+// Body returns the frames of the reply. Success without standard error is the output alone.
+// Anything else is a status reply of exactly three frames: standard output, standard error
+// and "exit status N".
+func (r Reply) Body() [][]byte {
+	if r.Status == 0 && len(r.Stderr) == 0 {
+		return r.Output
+	}
+	var stdout []byte
+	if len(r.Output) == 1 {
+		stdout = r.Output[0] // without a copy: it may be long
+	} else {
+		stdout = bytes.Join(r.Output, nil)
+	}
+	return [][]byte{stdout, r.Stderr, []byte(statusPrefix + strconv.Itoa(r.Status))}
+}
+
+// ParseReply is the inverse of Body. It also recognizes how the services of Dispatchr
+// Backbone report a failure, with the two frames "Error" and a message. Any other body is the
+// output of a success.
+func ParseReply(body [][]byte) Reply {
 	switch {
 	case len(body) == 3:
 		digits, found := strings.CutPrefix(string(body[2]), statusPrefix)
-		n, err := strconv.ParseUint(digits, 10, 8)
+		status, err := strconv.ParseUint(digits, 10, 8)
 		if found && err == nil {
-			return body[0], body[1], int(n), true
+			return Reply{Output: body[:1], Stderr: body[1], Status: int(status)}
 		}
 	case len(body) == 2 && string(body[0]) == "Error":
-		return nil, fmt.Appendf(nil, "%s\n", body[1]), 1, true
+		return Reply{Stderr: fmt.Appendf(nil, "%s\n", body[1]), Status: 1}
 	}
-	return nil, nil, 0, false
+	return Reply{Output: body}
 }
 
+// framesOf returns a frame for each text.
 func framesOf(texts []string) [][]byte {
-	var frames [][]byte
-	for _, text := range texts {
-		frames = append(frames, []byte(text))
+	frames := make([][]byte, len(texts))
+	for i, text := range texts {
+		frames[i] = []byte(text)
 	}
 	return frames
 }
 
-func sizeOf(body [][]byte) size {
+// sizeOf returns the number of bytes in the frames.
+func sizeOf(frames [][]byte) size {
 	n := 0
-	for _, frame := range body {
+	for _, frame := range frames {
 		n += len(frame)
 	}
 	return size(n)

@@ -145,27 +145,38 @@ func TestStatusReplyIsRecognisedByItsThirdAndLastFrame(t *testing.T) {
 		{"nothing", nil, -1, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			stdout, stderr, status, ok := parseStatusReply(test.body)
-			if !ok {
-				status = -1
+			want := Reply{Output: test.body}
+			if test.status >= 0 {
+				want = Reply{Stderr: []byte(test.stderr), Status: test.status}
+				if len(test.body) == 3 {
+					want.Output = test.body[:1]
+				}
 			}
-			if status != test.status {
-				t.Fatalf("status %d, want %d", status, test.status)
-			}
-			if ok && string(stderr) != test.stderr {
-				t.Errorf("standard error %q, want %q", stderr, test.stderr)
-			}
-			if ok && len(test.body) == 3 && string(stdout) != string(test.body[0]) {
-				t.Errorf("standard output %q, want %q", stdout, test.body[0])
+			if got := ParseReply(test.body); got.Status != want.Status || string(got.Stderr) != string(want.Stderr) ||
+				!reflect.DeepEqual(spell(got.Output), spell(want.Output)) {
+				t.Errorf("got %q, want %q", got, want)
 			}
 		})
 	}
 }
 
-func TestStatusReplyIsSpelledAsOthersExpectIt(t *testing.T) {
-	got := statusReply([]byte("out"), []byte("err"), 69)
-	if want := []string{"out", "err", "exit status 69"}; !reflect.DeepEqual(spell(got), want) {
-		t.Errorf("got %q, want %q", got, want)
+func TestRepliesAreSpelledAsOthersExpectThem(t *testing.T) {
+	for _, test := range []struct {
+		reply Reply
+		want  []string
+	}{
+		{Reply{Output: frames("out"), Stderr: []byte("err"), Status: 69}, []string{"out", "err", "exit status 69"}},
+		{Reply{Output: frames("out"), Stderr: []byte("err")}, []string{"out", "err", "exit status 0"}},
+		{Reply{Stderr: []byte("err"), Status: 1}, []string{"", "err", "exit status 1"}},
+		{Reply{Output: frames("a", "b"), Status: 1}, []string{"ab", "", "exit status 1"}},
+		{Reply{Output: frames("out")}, []string{"out"}},
+		{Reply{Output: frames("")}, []string{""}},
+		{Reply{Output: frames("a", "", "b")}, []string{"a", "", "b"}},
+		{Reply{}, []string{}},
+	} {
+		if got := spell(test.reply.Body()); !reflect.DeepEqual(got, test.want) {
+			t.Errorf("%q is spelled %q, want %q", test.reply, got, test.want)
+		}
 	}
 }
 

@@ -119,9 +119,9 @@ func (s *site) serve(language string) (stop func()) {
 	if language == "go" {
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan error, 1)
-		service := &Service{Name: "peer", Endpoint: s.endpoint, Handle: doWhatItSays, voice: voice{quiet: true},
-			heartbeatFlags: heartbeatFlags{Heartbeat: duration(time.Second), Liveness: 5}}
-		go func() { ended <- service.Connect(ctx) }()
+		service := &Service{Name: "peer", Endpoint: s.endpoint, Handler: doWhatItSays, console: console{quiet: true},
+			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5}}
+		go func() { ended <- service.Serve(ctx) }()
 		stop = sync.OnceFunc(func() {
 			cancel()
 			if err := <-ended; err != nil {
@@ -146,23 +146,23 @@ func (s *site) serve(language string) (stop func()) {
 }
 
 // doWhatItSays is what testdata/peers/service.* do.
-func doWhatItSays(_ string, body [][]byte) [][]byte {
+func doWhatItSays(_ string, body [][]byte) Reply {
 	wish := ""
 	if len(body) > 0 {
 		wish = string(body[0])
 	}
 	switch wish {
 	case "fail":
-		return statusReply([]byte("out\xff"), []byte("err\n"), 3)
+		return Reply{Output: frames("out\xff"), Stderr: []byte("err\n"), Status: 3}
 	case "throw":
-		return statusReply(nil, []byte("RangeError: boom\n"), 1)
+		return Reply{Stderr: []byte("RangeError: boom\n"), Status: 1}
 	case "late":
 		if gate, err := os.Open(string(body[1])); err == nil {
 			gate.Close()
 		}
-		return frames("late")
+		return Reply{Output: frames("late")}
 	}
-	return body
+	return Reply{Output: body}
 }
 
 // late is a request that the service of any language answers once release was called.
@@ -223,16 +223,15 @@ func (s *site) asks(language string, timeout float64, bodies ...[]string) []stri
 		client.Abandon()
 		for i, r := range calls {
 			o := &outcomes[i]
-			stdout, stderr, status, ok := parseStatusReply(r.reply)
 			switch {
 			case errors.Is(r.err, errTimeout):
 				o.Error, o.Status = "RequestTimeout", exitTimeout
 			case r.err != nil:
 				o.Error, o.Status = r.err.Error(), 1
-			case ok:
-				*o = outcome{nil, "StatusError", status, hex.EncodeToString(stdout), hex.EncodeToString(stderr)}
+			case r.reply.Status != 0:
+				*o = outcome{nil, "StatusError", r.reply.Status, hex.EncodeToString(r.reply.Output[0]), hex.EncodeToString(r.reply.Stderr)}
 			default:
-				o.Reply = hexes(spell(r.reply))
+				o.Reply = hexes(spell(r.reply.Output))
 			}
 		}
 	} else {

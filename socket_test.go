@@ -25,9 +25,9 @@ func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 	if err := ours.Connect(endpoint); err != nil {
 		t.Fatal(err)
 	}
-	bell := newThreadBell()
+	waiter := newPollWaiter()
 	random := rand.NewChaCha8([32]byte{})
-	lengths := []int{0, 1, short - 1, short, short + 1, 0, short / 2, short / 2, 1 << 20, 33}
+	lengths := []int{0, 1, maxJoined - 1, maxJoined, maxJoined + 1, 0, maxJoined / 2, maxJoined / 2, 1 << 20, 33}
 	for _, count := range []int{1, 2, 15, 16, 17, 32, 100} {
 		for shift := range lengths {
 			t.Run(fmt.Sprintf("%d frames, the first of %d bytes", count, lengths[shift]), func(t *testing.T) {
@@ -50,7 +50,7 @@ func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 				}
 				var back [][]byte
 				for end := time.Now().Add(10 * time.Second); back == nil && time.Now().Before(end); {
-					if _, _, err := bell.Wait(ours, end); err != nil {
+					if _, _, err := waiter.Wait(ours, end); err != nil {
 						t.Fatal(err)
 					}
 					if back, err = ours.receive(); err != nil {

@@ -17,44 +17,47 @@ const serviceUsage = `bservice serves a command under a name.
 
 Usage: bservice [FLAGS] NAME COMMAND [ARG...]
 
-For each request it runs COMMAND with the ARGs and then the arguments of the request,
-without a shell, and replies with what the command prints. An ARG that is just {}
-stands for the arguments of the request. When the command fails, the reply carries its
-output, its standard error and its exit status.
+For each request, bservice runs COMMAND with the ARGs and then the arguments of the
+request, without a shell, and replies with its output. An ARG {} stands for the
+arguments of the request. If the command fails, the reply also has its standard error
+and its exit status.
 
-  -j, --jobs N           serve N requests at a time (1); 0 is one per core
-      --stdin            the last argument of a request is the standard input instead
+  -j, --jobs N           serve up to N requests at a time (1); 0 is one per core
+      --stdin            use the last argument of a request as standard input instead
       --timeout DURATION
                          end a command that takes longer, with status 124 (none; 30s
                          with --coproc)
       --kill-after DURATION
-                         a command that must end gets SIGTERM, and SIGKILL after (2s)
+                         send SIGTERM to a command that has to end, and SIGKILL this
+                         much later (2s)
       --max-output SIZE  end a command that prints more (64M)
-      --stderr WHERE     where the standard error of a command goes: log, that of
-                         bservice; reply; or merge, into its output (log)
+      --stderr WHERE     send the standard error of commands to: log, that of bservice;
+                         reply; or merge, into the output (log)
       --coproc           run COMMAND once per job: each request is a line of its input,
-                         with tabs between arguments, each line of its output a reply
+                         with tabs between arguments; each line of its output, a reply
   -0, --null             with --coproc: NUL bytes end requests and replies, not newlines
       --cwd DIR          run COMMAND in DIR
-      --env NAME=VALUE   set a variable for COMMAND; may be given several times
-      --grace DURATION   when stopped, let commands run for so long (10s)
+      --env NAME=VALUE   set a variable for COMMAND; may be repeated
+      --grace DURATION   when stopped, let commands run this much longer (10s)
       --host HOST        host of the broker (127.0.0.1)
       --port PORT        port of the broker (5555)
-      --broker ENDPOINT  the broker instead, tcp://HOST:PORT or ipc:///PATH
-      --heartbeat DURATION, --liveness N
-                         how often to send a heartbeat (1s), and how many missed ones
-                         of the broker mean that it is gone (5)
-  -q, --quiet            say nothing but errors
+      --broker ENDPOINT  use this broker instead: tcp://HOST:PORT or ipc:///PATH
+      --heartbeat DURATION
+                         send a heartbeat this often (1s)
+      --liveness N       take the broker for gone after N heartbeats without one of its
+                         own (5)
+  -q, --quiet            print errors only
   -v, --verbose          log each request
   -h, --help
       --version
 
-Durations have a unit or are seconds: 500ms, 2.5, 1m. Sizes are bytes: 1000, 64K, 1G.
-Flags go before COMMAND; what follows it is the command's, which also finds
-BACKBONE_SERVICE, BACKBONE_ENDPOINT and BACKBONE_REQUEST in its environment.
+A duration has a unit, or is in seconds: 500ms, 2.5, 1m. A size is in bytes, or has K, M
+or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT and BACKBONE_BROKER set the
+defaults of their flags. Put flags before COMMAND; what follows belongs to it. COMMAND
+finds BACKBONE_SERVICE, BACKBONE_ENDPOINT and BACKBONE_REQUEST in its environment.
 
-SIGTERM or SIGINT lets the commands end and their replies go out; a second one ends
-the commands. BACKBONE_HOST, BACKBONE_PORT and BACKBONE_BROKER are as their flags.
+After SIGTERM or SIGINT, commands finish and their replies go out; a second signal ends
+the commands.
 
 Exit status:
   0         stopped by SIGTERM or SIGINT
@@ -73,27 +76,27 @@ Examples:
 type serviceTool struct {
 	commonFlags
 	heartbeatFlags
-	commandRules
+	commandFlags
 	Jobs    int `short:"j" default:"1"`
 	Coproc  bool
-	Null    bool     `short:"0"`
-	Grace   duration `default:"10s"`
-	Name    string   `arg:"" optional:""`
-	Command operands `arg:"" optional:"" passthrough:"partial"`
+	Null    bool          `short:"0"`
+	Grace   time.Duration `default:"10s"`
+	Name    string        `arg:"" optional:""`
+	Command operands      `arg:"" optional:"" passthrough:"partial"`
 }
 
-// Validate checks the flags of both groups, which each have too much to say for a tag.
+// Validate checks the flags of both groups: each has its own Validate.
 func (t *serviceTool) Validate() error {
-	return cmp.Or(t.heartbeatFlags.Validate(), t.commandRules.Validate())
+	return cmp.Or(t.heartbeatFlags.Validate(), t.commandFlags.Validate())
 }
 
 const (
-	// maxJobs keeps to the sockets and threads that a process may well have.
-	maxJobs = 1000
+	// maxServiceJobs keeps to the sockets and threads that a process is likely to have.
+	maxServiceJobs = 1000
 
-	// coprocTimeout is for coprocesses where nothing else is said: one that answers a
-	// request with nothing would else keep its job waiting for ever.
-	coprocTimeout = duration(30 * time.Second)
+	// coprocTimeout is the default of --timeout for coprocesses: one that does not answer a
+	// request would otherwise block its job for ever.
+	coprocTimeout = 30 * time.Second
 )
 
 func (t *serviceTool) Run() error {
@@ -101,60 +104,45 @@ func (t *serviceTool) Run() error {
 	if err != nil {
 		return err
 	}
-	const example = "bservice ls-service ls"
-	switch {
-	case t.Name == "":
-		return misuse(example, "no service name")
-	case len(t.Command) == 0:
-		return misuse(example, "no command for %s", t.Name)
-	case strings.HasPrefix(t.Name, mmiPrefix):
-		return misuse(example, "%s: names in %s are the broker's own", t.Name, mmiPrefix)
-	case t.Jobs < 0 || t.Jobs > maxJobs:
-		return misuse(fmt.Sprintf("0 to %d; 0 is one per core", maxJobs), "--jobs %d", t.Jobs)
-	case t.Null && !t.Coproc:
-		return misuse("NUL bytes end the requests of a coprocess", "--null without --coproc")
-	case t.Coproc && t.Stdin:
-		return misuse("a request is a line of its input", "--coproc and --stdin do not go together")
-	case t.Coproc && t.Stderr == "reply":
-		return misuse("log or merge", "--stderr reply: a coprocess does not tell which request it is about")
+	if err := t.check(); err != nil {
+		return err
 	}
-
 	if t.Coproc && t.Timeout == nil {
 		timeout := coprocTimeout
 		t.Timeout = &timeout
 	}
 
-	// The signals and the grace ask the same of the commands: first to end soon, then now.
+	// A signal asks the commands to end soon; a second one, or the end of the grace, now.
 	stop, endSoon := context.WithCancel(context.Background())
 	now, endNow := context.WithCancelCause(context.Background())
 	defer onSignals(
 		func(os.Signal) {
 			endSoon()
-			time.AfterFunc(time.Duration(t.Grace), func() { endNow(nil) })
+			time.AfterFunc(t.Grace, func() { endNow(nil) })
 		},
-		func(again os.Signal) { endNow(signalled(again)) },
+		func(second os.Signal) { endNow(signalled(second)) },
 	)()
 
-	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Now: now, commandRules: t.commandRules}
+	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Now: now, commandFlags: t.commandFlags}
 	if err := command.find(); err != nil {
 		return err
 	}
 	if t.Jobs == 0 {
 		t.Jobs = runtime.GOMAXPROCS(0)
 	}
-	// Each job has its own, and some that go with it.
+	// Each job has a socket, and some that go with it.
 	if err := zmq.SetMaxSockets(10 + 8*t.Jobs); err != nil {
 		return fmt.Errorf("allow for %d jobs: %w", t.Jobs, err)
 	}
-	defer zmq.Term() // once the last reply and the DISCONNECT have left
+	defer zmq.Term() // waits until the last reply and DISCONNECT have left
 
-	v := t.voice("bservice")
-	v.note("%s runs %s", t.Name, strings.Join(t.Command, " "))
+	c := t.console("bservice")
+	c.infof("%s runs %s", t.Name, strings.Join(t.Command, " "))
 	ended := make(chan error)
 	for range t.Jobs {
-		service := &Service{Name: t.Name, Endpoint: endpoint, heartbeatFlags: t.heartbeatFlags, voice: v}
-		v.quiet = true // one that tells of the broker is enough
-		go func() { ended <- t.work(stop, service, command) }()
+		job := &Service{Name: t.Name, Endpoint: endpoint, heartbeatFlags: t.heartbeatFlags, console: c}
+		c.quiet = true // It is enough that one of them tells of the broker.
+		go func() { ended <- t.serve(stop, job, command) }()
 	}
 	for range t.Jobs {
 		if failed := <-ended; failed != nil {
@@ -162,64 +150,84 @@ func (t *serviceTool) Run() error {
 			endSoon()
 		}
 	}
-	if signal := (*failure)(nil); err == nil && errors.As(context.Cause(now), &signal) {
-		return signal
+	if f := (*failure)(nil); err == nil && errors.As(context.Cause(now), &f) {
+		return f
 	}
 	return err
 }
 
-// work is one of the jobs: a worker and, where there are any, its coprocess.
-func (t *serviceTool) work(stop context.Context, service *Service, command *CmdService) error {
-	service.Handle = command.Handle
-	if t.Coproc {
-		coprocess := &coprocess{CmdService: command, voice: t.voice("bservice"), terminator: '\n'}
-		if t.Null {
-			coprocess.terminator = 0
-		}
-		coprocess.open()
-		defer coprocess.close()
-		service.Handle = coprocess.Handle
+// check rejects flags and arguments that make no sense together.
+func (t *serviceTool) check() error {
+	const example = "bservice ls-service ls"
+	switch {
+	case t.Name == "":
+		return misuse(example, "no service name")
+	case len(t.Command) == 0:
+		return misuse(example, "no command for %s", t.Name)
+	case isManagement(t.Name):
+		return misuse(example, "%s: names that begin with %s are the broker's own", t.Name, mmiPrefix)
+	case t.Jobs < 0 || t.Jobs > maxServiceJobs:
+		return misuse("0 is one per core", "--jobs must be 0 to %d, not %d", maxServiceJobs, t.Jobs)
+	case t.Null && !t.Coproc:
+		return misuse("NUL bytes end the requests of a coprocess", "--null needs --coproc")
+	case t.Coproc && t.Stdin:
+		return misuse("a request is a line of its input", "--coproc and --stdin can't be used together")
+	case t.Coproc && t.Stderr == "reply":
+		return misuse("--stderr log or merge", "--stderr reply can't be used with --coproc, whose standard error belongs to no request")
 	}
-	return service.Connect(stop)
+	return nil
 }
 
-// Handle answers one request: a body for a body. The token names the request in logs, on
-// the side of the broker too. Service calls it for one request at a time.
-type Handle func(token string, body [][]byte) [][]byte
+// serve runs one job: a worker and, with --coproc, its process.
+func (t *serviceTool) serve(stop context.Context, job *Service, command *CmdService) error {
+	job.Handler = command.Handle
+	if t.Coproc {
+		process := &coprocess{CmdService: command, console: t.console("bservice"), terminator: '\n'}
+		if t.Null {
+			process.terminator = 0
+		}
+		process.open()
+		defer process.close()
+		job.Handler = process.Handle
+	}
+	return job.Serve(stop)
+}
 
-// Service serves requests for one name through a broker.
+// A Handler answers one request. The token names the request in logs, those of the broker
+// included. A Service calls it for one request at a time.
+type Handler func(token string, body [][]byte) Reply
+
+// Service serves requests for a name through a broker, one at a time.
 type Service struct {
 	Name     string
 	Endpoint string
-	Handle   Handle
+	Handler  Handler
 	heartbeatFlags
-	voice
+	console
 
-	missing time.Time // when to say that no broker is there; zero while one is
+	nextNotice time.Time // when to say that no broker is there; zero while one is
 }
 
-// Connect registers with the broker and serves until stop is done: then it finishes
-// the request in hand, replies, and takes its leave. It waits for a broker that is not
-// there, and registers anew with one that was restarted or fell silent.
-func (s *Service) Connect(stop context.Context) error {
-	bell := newBell()
-	defer context.AfterFunc(stop, bell.Ring)()
+// Serve registers with the broker and serves until stop is done: then it finishes the request in
+// hand, replies, and says DISCONNECT. It waits for a broker that is not there, and registers anew
+// with one that was restarted or fell silent.
+func (s *Service) Serve(stop context.Context) error {
 	for stop.Err() == nil {
 		begin := time.Now()
-		why, err := s.serve(stop, bell)
-		unknown := errors.As(err, new(noHost))
+		over, err := s.serveSession(stop)
+		unknownHost := errors.As(err, new(lookUpError))
 		switch {
-		case err != nil && !unknown:
+		case err != nil && !unknownHost:
 			return err
 		case stop.Err() != nil:
 			return nil
-		case unknown:
-			s.miss(begin) // the network may know it soon
-		case why != errMissing:
-			s.note("%s: %v; connecting to %s again", s.Name, why, s.Endpoint)
+		case unknownHost:
+			s.noticeMissing(begin) // The name may be known soon.
+		case over != errMissing:
+			s.infof("%s: %v; connecting to %s again", s.Name, over, s.Endpoint)
 		}
 		// A broker that turns us away at once must not be asked again at once.
-		pause := min(time.Duration(s.Heartbeat), time.Second)
+		pause := min(s.Heartbeat, time.Second)
 		select {
 		case <-time.After(time.Until(begin.Add(pause))):
 		case <-stop.Done():
@@ -228,99 +236,102 @@ func (s *Service) Connect(stop context.Context) error {
 	return nil
 }
 
-// serve is the loop around one session, on a socket of its own: one that is used
-// again could bring back what an earlier session left in it. It returns why the
-// session ended, or nil when stop is done.
-func (s *Service) serve(stop context.Context, bell *bell) (over, err error) {
-	// Only a broker that is there gets messages: heartbeats to one that is not would
-	// wait for it, and READY would come too late to be true.
-	immediate := func(socket *socket) error { return socket.SetImmediate(true) }
-	link, err := dial(stop, "bservice", s.Endpoint, immediate, bell.hear)
+// noticeMissing says that no broker is there, after a heartbeat and then every half minute. It
+// tells whether it did.
+func (s *Service) noticeMissing(now time.Time) bool {
+	if s.nextNotice.IsZero() {
+		s.nextNotice = now.Add(s.Heartbeat)
+	}
+	if now.Before(s.nextNotice) {
+		return false
+	}
+	s.nextNotice = now.Add(30 * time.Second)
+	s.infof("%s waits for a broker at %s", s.Name, s.Endpoint)
+	return true
+}
+
+// serveSession is the loop around one session. It uses a new socket: an old one could bring back
+// what an earlier session left in it. It returns why the session is over, or nil after stop.
+func (s *Service) serveSession(stop context.Context) (over, err error) {
+	// Only a broker that is there gets messages: heartbeats would otherwise wait for it, and READY
+	// would arrive when it is not true any more.
+	immediate := func(s *socket) error { return s.SetImmediate(true) }
+	broker, err := dial(stop, "bservice", s.Endpoint, immediate)
 	if err != nil {
 		return nil, err
 	}
-	defer link.Close()
+	defer broker.Close()
+	waiter, err := newNetWaiter(broker.socket)
+	if err != nil {
+		return nil, err
+	}
+	defer waiter.Close()
+	defer context.AfterFunc(stop, waiter.Wake)()
 
 	replies := make(chan [][]byte, 1)
-	session := &session{
+	current := &session{
 		Service: s,
-		send:    link.send,
+		send:    broker.send,
 		start: func(token string, body [][]byte) {
 			go func() {
 				replies <- s.answer(token, body)
-				bell.Ring()
+				waiter.Wake()
 			}()
 		},
 	}
 	for {
-		message, news, err := bell.Wait(link.socket, session.Tick(time.Now()))
+		readable, monitored, err := waiter.Wait(current.Tick(time.Now()))
 		if err != nil {
 			return nil, err
 		}
-		if news {
-			if err := link.Look(); err != nil {
+		if monitored {
+			if err := broker.update(); err != nil {
 				return nil, err
 			}
 		}
-		if session.unsent() {
-			session.Flush()
+		if current.unsent() {
+			current.Flush()
 		}
-		for message {
-			frames, err := link.receive()
+		for readable {
+			frames, err := broker.receive()
 			if err != nil {
 				return nil, err
 			}
 			if frames == nil {
 				break
 			}
-			session.Receive(frames)
+			current.Receive(frames)
 		}
-		if link.lost {
-			session.Lose()
-			link.lost = false
+		if broker.broken {
+			broker.broken = false // ZeroMQ connects again.
+			current.Lose()
 		}
 		select {
-		case reply := <-replies:
-			length := sizeOf(reply)
-			session.Finish(reply)
-			freeIfLarge(length) // its room may be wanted for the next
+		case body := <-replies:
+			length := sizeOf(body)
+			current.Finish(body)
+			freeMemory(length) // for the next one
 		default:
 		}
 
 		switch {
-		case session.working:
-			// A session that is over waits for its command nevertheless: one at a time.
-		case session.over != nil:
-			return session.over, nil
+		case current.working:
+			// Even if the session is over: there is one command at a time.
+		case current.over != nil:
+			return current.over, nil
 		case stop.Err() != nil:
-			session.Leave()
-			return nil, link.SetLinger(time.Second)
+			current.Leave()
+			return nil, broker.SetLinger(time.Second)
 		}
 	}
 }
 
-// answer handles a request and logs it where that is asked for.
-func (s *Service) answer(token string, body [][]byte) [][]byte {
+// answer handles a request, logs it if that is asked for, and returns the body of the reply.
+func (s *Service) answer(token string, request [][]byte) [][]byte {
 	begin := time.Now()
-	reply := s.Handle(token, body)
-	if s.verbose {
-		_, _, status, _ := parseStatusReply(reply)
-		s.detail("service=%s request=%s status=%d ms=%d in=%d out=%d",
-			s.Name, token, status, time.Since(begin).Milliseconds(), sizeOf(body), sizeOf(reply))
-	}
-	return reply
-}
-
-// miss says that no broker is there, once it is not for a heartbeat, and now and then. It
-// returns whether it did.
-func (s *Service) miss(now time.Time) bool {
-	if s.missing.IsZero() {
-		s.missing = now.Add(time.Duration(s.Heartbeat))
-	}
-	if now.Before(s.missing) {
-		return false
-	}
-	s.missing = now.Add(30 * time.Second)
-	s.note("%s waits for a broker at %s", s.Name, s.Endpoint)
-	return true
+	reply := s.Handler(token, request)
+	body := reply.Body()
+	s.debugf("service=%s request=%s status=%d ms=%d in=%d out=%d",
+		s.Name, token, reply.Status, time.Since(begin).Milliseconds(), sizeOf(request), sizeOf(body))
+	return body
 }

@@ -17,29 +17,29 @@ import (
 	"time"
 )
 
-// commandRules are how a command is run, and what becomes of what it prints.
-type commandRules struct {
-	Stdin     bool      // the last frame of a request is its standard input
-	Timeout   *duration // nil or 0 for none
-	KillAfter duration  `default:"2s"`
-	MaxOutput size      `default:"64M"`
-	Stderr    string    `enum:"log,reply,merge" default:"log"`
+// commandFlags say how a command runs and what happens to its output.
+type commandFlags struct {
+	Stdin     bool           // the last frame of a request is the standard input of its command
+	Timeout   *time.Duration // nil or 0 for none
+	KillAfter time.Duration  `default:"2s"`
+	MaxOutput size           `default:"64M"`
+	Stderr    string         `enum:"log,reply,merge" default:"log"`
 	Cwd       string
 	Env       []string `sep:"none"`
 }
 
-func (r *commandRules) Validate() error {
-	for _, variable := range r.Env {
+func (f *commandFlags) Validate() error {
+	for _, variable := range f.Env {
 		if strings.Index(variable, "=") < 1 {
-			return fmt.Errorf("--env %s: expected NAME=VALUE", variable)
+			return fmt.Errorf("--env must be NAME=VALUE, not %q", variable)
 		}
 	}
-	if r.Cwd == "" {
+	if f.Cwd == "" {
 		return nil
 	}
-	info, err := os.Stat(r.Cwd)
+	info, err := os.Stat(f.Cwd)
 	if err == nil && !info.IsDir() {
-		err = fmt.Errorf("%s is no directory", r.Cwd)
+		err = fmt.Errorf("%s is not a directory", f.Cwd)
 	}
 	if err != nil {
 		return fmt.Errorf("--cwd: %w", err)
@@ -47,17 +47,18 @@ func (r *commandRules) Validate() error {
 	return nil
 }
 
-// CmdService answers requests by running a command for each, as many at a time as ask.
+// CmdService answers each request by running a command. Any number of goroutines may use it
+// at the same time.
 type CmdService struct {
 	Name     string
 	Endpoint string
-	Command  []string        // with {} where the request's frames go, else at the end
-	Now      context.Context // when done, commands that run are ended
-	commandRules
+	Command  []string        // {} stands for the frames of the request, else they follow at the end
+	Now      context.Context // when done, running commands are ended
+	commandFlags
 }
 
-// find looks for the command, for a service that cannot serve to be known before its
-// first request.
+// find looks the command up, so that a service that cannot work fails before its first
+// request.
 func (c *CmdService) find() error {
 	path := c.Command[0]
 	if c.Cwd != "" && strings.Contains(path, "/") && !filepath.IsAbs(path) {
@@ -74,47 +75,43 @@ func (c *CmdService) find() error {
 	return f
 }
 
-// Handle runs the command with the frames of the body as arguments. Its reply is what
-// the command printed, or a status reply when it failed or could not be run.
-func (c *CmdService) Handle(token string, body [][]byte) [][]byte {
+// Handle runs the command with the frames of the body as arguments.
+func (c *CmdService) Handle(token string, body [][]byte) Reply {
 	var stdin []byte
 	if last := len(body) - 1; c.Stdin && last >= 0 {
 		body, stdin = body[:last], body[last]
 	}
 	argv, err := c.argv(body)
 	if err != nil {
-		return c.refuse(cannotRun(err))
+		return c.refusal(cannotRun(err))
 	}
 	p := c.prepare(argv, "BACKBONE_REQUEST="+token)
 	defer p.end(nil)
 	if len(stdin) > 0 {
 		p.Stdin = bytes.NewReader(stdin)
 	}
-	c.direct(p, newBounded(c.MaxOutput, p.end))
+	c.redirect(p, newLimitedBuffer(c.MaxOutput, p.end))
 	if err := c.start(p); err != nil {
-		return c.refuse(cannotRun(err))
+		return c.refusal(cannotRun(err))
 	}
-	defer c.limit(p)()
-	status, why := c.finish(p)
-	if status == 0 && c.Stderr != "reply" {
-		return [][]byte{p.stdout.Bytes()}
-	}
-	return c.report(p, status, why)
+	defer c.limitTime(p)()
+	status, reason := c.wait(p)
+	return c.result(p, status, reason)
 }
 
-// argv is the command with the frames of a request in their place.
+// argv returns the command with the frames of a request in their place.
 func (c *CmdService) argv(body [][]byte) ([]string, error) {
-	frames := make([]string, len(body))
+	arguments := make([]string, len(body))
 	for i, frame := range body {
 		if bytes.IndexByte(frame, 0) >= 0 {
-			return nil, fmt.Errorf("frame %d holds a NUL byte, which no argument can", i+1)
+			return nil, fmt.Errorf("frame %d contains a NUL byte, which no argument can hold", i+1)
 		}
-		frames[i] = string(frame)
+		arguments[i] = string(frame)
 	}
-	return slices.Concat(c.Command[:1], operands(c.Command[1:]).with(frames...)), nil
+	return slices.Concat(c.Command[:1], operands(c.Command[1:]).with(arguments...)), nil
 }
 
-// cannotRun is the failure of a command that did not even start.
+// cannotRun returns the failure of a command that did not start.
 func cannotRun(err error) *failure {
 	status := exitCannotRun
 	if lookup := (*exec.Error)(nil); errors.As(err, &lookup) {
@@ -126,65 +123,63 @@ func cannotRun(err error) *failure {
 	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.ENOMEM),
 		errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		status = exitTemporary
+	case errors.Is(err, context.Canceled):
+		status, err = exitTemporary, errors.New("the service is stopping")
 	}
 	return &failure{status: status, err: err}
 }
 
-// refuse is the status reply to a request that no command did.
-func (c *CmdService) refuse(f *failure) [][]byte {
-	return statusReply(nil, c.complaint(f), f.status)
+// refusal returns the reply to a request for which no command ran.
+func (c *CmdService) refusal(f *failure) Reply {
+	return Reply{Stderr: c.message(f), Status: f.status}
 }
 
-// report is the status reply of a command that ran, with why it was ended if it was.
-func (c *CmdService) report(p *process, status int, why error) [][]byte {
-	stderr := p.stderr.Bytes()
-	if why != nil {
-		if len(stderr) > 0 && !bytes.HasSuffix(stderr, []byte("\n")) {
-			stderr = append(stderr, '\n')
-		}
-		stderr = append(stderr, c.complaint(why)...)
-	}
-	return statusReply(p.stdout.Bytes(), stderr, status)
+// message returns what bservice itself tells the client.
+func (c *CmdService) message(err error) []byte {
+	return fmt.Appendf(nil, "bservice: %s: %v\n", c.Name, err)
 }
 
-// complaint is what bservice itself says to the client.
-func (c *CmdService) complaint(why error) []byte {
-	return fmt.Appendf(nil, "bservice: %s: %v\n", c.Name, why)
-}
-
-// A process is a command that runs, at the head of a process group of its own: Ctrl-C
-// at our terminal does not reach it, and what it starts can be ended with it.
+// A process is a running command. It leads a process group of its own: Ctrl-C at our
+// terminal does not reach it, and what it starts can be ended with it.
 type process struct {
 	*exec.Cmd
-	stdout, stderr sink
-	due            context.Context         // done when it must end
-	end            context.CancelCauseFunc // makes it so, for a reason or when all is over
-	ended          chan struct{}           // closed when it has ended, its output read
+	stdout, stderr output
+	ctx            context.Context         // done when the process has to end
+	end            context.CancelCauseFunc // ends the process for a reason, or releases ctx
+	ended          chan struct{}           // closed when it has ended and its output was read
 }
 
-// A sink takes what a process prints, and has what is of interest afterwards.
-type sink interface {
+// An output takes what a process prints and keeps what a reply needs of it.
+type output interface {
 	io.Writer
 	Bytes() []byte
 }
 
+// prepare returns a process that is yet to start. When it has to end, its group gets SIGTERM,
+// and --kill-after later SIGKILL.
 func (c *CmdService) prepare(argv []string, env ...string) *process {
-	p := &process{Cmd: exec.Command(argv[0], argv[1:]...), ended: make(chan struct{})}
-	p.due, p.end = context.WithCancelCause(c.Now)
+	p := &process{ended: make(chan struct{})}
+	p.ctx, p.end = context.WithCancelCause(c.Now)
+	p.Cmd = exec.CommandContext(p.ctx, argv[0], argv[1:]...)
+	p.Cancel = func() error { return p.signalGroup(syscall.SIGTERM) }
+	// WaitDelay also limits how long a child that keeps the output open holds up the reply.
+	p.WaitDelay = c.KillAfter
 	p.Dir = c.Cwd
 	p.Env = slices.Concat(os.Environ(), c.Env,
 		[]string{"BACKBONE_SERVICE=" + c.Name, "BACKBONE_ENDPOINT=" + c.Endpoint}, env)
 	p.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	// What it leaves running may keep its output open, but not hold back the reply.
-	p.WaitDelay = time.Duration(c.KillAfter)
 	return p
 }
 
-// direct tells where what the process prints goes.
-func (c *CmdService) direct(p *process, stdout sink) {
-	p.stdout, p.stderr = stdout, &tail{log: os.Stderr}
+func (p *process) signalGroup(s syscall.Signal) error {
+	return syscall.Kill(-p.Process.Pid, s)
+}
+
+// redirect sends what the process prints where --stderr wants it.
+func (c *CmdService) redirect(p *process, stdout output) {
+	p.stdout, p.stderr = stdout, &tailBuffer{log: os.Stderr}
 	if c.Stderr == "reply" {
-		p.stderr = newBounded(c.MaxOutput, p.end)
+		p.stderr = newLimitedBuffer(c.MaxOutput, p.end)
 	}
 	p.Stdout, p.Stderr = p.stdout, p.stderr
 	if c.Stderr == "merge" {
@@ -202,67 +197,57 @@ func (c *CmdService) start(p *process) error {
 	}
 	go func() {
 		p.Wait()
+		if p.ctx.Err() != nil {
+			// exec ends the leader only; the rest of the group may ignore SIGTERM.
+			p.signalGroup(syscall.SIGKILL)
+		}
 		close(p.ended)
 	}()
 	return nil
 }
 
-// limit makes the process end at the end of a request's time, unless stop is called
-// before.
-func (c *CmdService) limit(p *process) (stop func()) {
+// limitTime ends the process after --timeout, unless stop is called before.
+func (c *CmdService) limitTime(p *process) (stop func()) {
 	if c.Timeout == nil || *c.Timeout == 0 {
 		return func() {}
 	}
-	timeout := time.Duration(*c.Timeout)
-	timer := time.AfterFunc(timeout, func() {
-		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v", timeout)})
+	timer := time.AfterFunc(*c.Timeout, func() {
+		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v", *c.Timeout)})
 	})
 	return func() { timer.Stop() }
 }
 
-// ladder is how a process that must end is ended: a signal to its process group, and
-// for how long to wait for what comes of it.
-func (c *CmdService) ladder() []rung {
-	return []rung{
-		{syscall.SIGTERM, time.Duration(c.KillAfter)},
-		{syscall.SIGKILL, 0},
-	}
-}
-
-type rung struct {
-	signal   syscall.Signal
-	patience time.Duration
-}
-
-// finish waits for the process to end, and ends it when that is due. It returns the
-// exit status to tell, and why the process was ended if it was.
-func (c *CmdService) finish(p *process) (status int, why error) {
-	select {
-	case <-p.ended:
-	case <-p.due.Done():
-		// Each rung is climbed: what is left of the group may have no output to tell of it.
-		for _, rung := range c.ladder() {
-			syscall.Kill(-p.Process.Pid, rung.signal)
-			select {
-			case <-p.ended:
-			case <-time.After(rung.patience):
-			}
-		}
-		<-p.ended
-	}
+// wait waits for the end of the process. It returns the exit status to report and, if we
+// ended the process, the reason.
+func (c *CmdService) wait(p *process) (status int, reason error) {
+	<-p.ended
 	status = exitStatus(p.ProcessState)
 	var f *failure
-	switch cause := context.Cause(p.due); {
-	case cause == nil, c.Now.Err() != nil && status == 0:
-	case c.Now.Err() != nil:
-		why = errors.New("ended, since the service stops")
-	case errors.As(cause, &f):
-		status, why = f.status, f
+	switch cause := context.Cause(p.ctx); {
+	case c.Now.Err() != nil && status != 0:
+		reason = errors.New("ended because the service is stopping")
+	case c.Now.Err() == nil && errors.As(cause, &f):
+		status, reason = f.status, f
 	}
-	return status, why
+	return status, reason
 }
 
-// exitStatus is the status of an ended command as a shell has it.
+// result returns the reply of a process that has ended.
+func (c *CmdService) result(p *process, status int, reason error) Reply {
+	reply := Reply{Output: [][]byte{p.stdout.Bytes()}, Status: status}
+	if status != 0 || c.Stderr == "reply" {
+		reply.Stderr = p.stderr.Bytes()
+	}
+	if reason != nil {
+		if len(reply.Stderr) > 0 && !bytes.HasSuffix(reply.Stderr, []byte("\n")) {
+			reply.Stderr = append(reply.Stderr, '\n')
+		}
+		reply.Stderr = append(reply.Stderr, c.message(reason)...)
+	}
+	return reply
+}
+
+// exitStatus returns the status of an ended command as a shell would have it.
 func exitStatus(state *os.ProcessState) int {
 	if status := state.Sys().(syscall.WaitStatus); status.Signaled() {
 		return exitSignal + int(status.Signal())
@@ -270,138 +255,137 @@ func exitStatus(state *os.ProcessState) int {
 	return state.ExitCode()
 }
 
-// A bounded sink takes so many bytes, and ends the process that prints more.
-type bounded struct {
-	chunks
-	left int
-	max  int
-	end  context.CancelCauseFunc
+// A limitedBuffer keeps up to a number of bytes, and ends the process that prints more.
+type limitedBuffer struct {
+	buffer
+	left, max int
+	end       context.CancelCauseFunc
 }
 
-func newBounded(max size, end context.CancelCauseFunc) *bounded {
-	return &bounded{left: int(max), max: int(max), end: end}
+func newLimitedBuffer(max size, end context.CancelCauseFunc) *limitedBuffer {
+	return &limitedBuffer{left: int(max), max: int(max), end: end}
 }
 
-func (b *bounded) Write(p []byte) (int, error) {
+func (b *limitedBuffer) Write(p []byte) (int, error) {
 	n := min(len(p), b.left)
 	b.left -= n
-	b.chunks.Write(p[:n])
+	b.buffer.Write(p[:n])
 	if n < len(p) {
-		err := tooLong(b.max)
+		err := &failure{status: exitIO, err: fmt.Errorf("ended because it printed more than --max-output %d bytes", b.max)}
 		b.end(err)
 		return n, err
 	}
 	return n, nil
 }
 
-func tooLong(max int) *failure {
-	return &failure{status: exitIO, err: fmt.Errorf("ended, since it printed more than --max-output %d bytes", max)}
-}
-
-// A tail passes everything on to a log and keeps the end of it.
-type tail struct {
-	log io.Writer
-	end []byte // tailLength bytes at least, where there were so many
+// A tailBuffer passes everything on to a log and keeps the end of it.
+type tailBuffer struct {
+	log  io.Writer
+	tail []byte // at least tailLength bytes, if there were as many
 }
 
 const tailLength = 64 << 10
 
-func (t *tail) Write(p []byte) (int, error) {
-	t.log.Write(p) // which may be gone; the command need not know
-	t.end = append(t.end, p...)
-	if n := len(t.end) - tailLength; n > tailLength {
-		t.end = append(t.end[:0], t.end[n:]...)
+func (b *tailBuffer) Write(p []byte) (int, error) {
+	b.log.Write(p) // If that fails, the command need not know.
+	b.tail = append(b.tail, p...)
+	if surplus := len(b.tail) - tailLength; surplus > tailLength {
+		b.tail = append(b.tail[:0], b.tail[surplus:]...)
 	}
 	return len(p), nil
 }
 
-func (t *tail) Bytes() []byte { return t.end }
+func (b *tailBuffer) Bytes() []byte { return b.tail }
 
-// A coprocess answers requests, one at a time, by a command that goes on running: each
-// request is a line for it to read, and each line that it prints is a reply.
+// A coprocess answers requests, one at a time, with a command that keeps running: each
+// request is a line of its input, and each line of its output is a reply.
 type coprocess struct {
 	*CmdService
-	voice
-	terminator byte // of lines: a newline or NUL
+	console
+	terminator byte // ends lines: a newline or NUL
 
-	running  *process // nil before the first, and after one was buried
+	running  *process // nil before the first one, and after one was reaped
 	stdin    io.WriteCloser
-	output   *lines
-	answered bool // a request, and more perhaps
-	pauses   pauses
+	output   *lineOutput
+	answered bool // running has answered a request
+	restarts restartLimit
 }
 
-// Handle gives the process a line and waits for one.
-func (c *coprocess) Handle(token string, body [][]byte) [][]byte {
+// Handle writes a line to the process and waits for one.
+func (c *coprocess) Handle(token string, body [][]byte) Reply {
 	line, err := c.line(body)
 	if err != nil {
-		return c.refuse(cannotRun(err))
+		return c.refusal(cannotRun(err))
 	}
-	if err := c.revive(); err != nil {
-		return c.refuse(err)
+	if f := c.ensureRunning(); f != nil {
+		return c.refusal(f)
 	}
-	defer c.limit(c.running)()
-	// It may print while it reads: a long line would not fit into the pipe between us.
+	defer c.limitTime(c.running)()
+	// The process may print while it reads: a long line does not fit into the pipe.
 	go func(stdin io.Writer) { stdin.Write(line) }(c.stdin)
 	select {
-	case reply := <-c.output.whole:
+	case reply := <-c.output.lines:
 		return c.accept(reply)
-	case <-c.running.due.Done():
+	case <-c.running.ctx.Done():
 	case <-c.running.ended:
 		select {
-		case reply := <-c.output.whole: // its last words
+		case reply := <-c.output.lines: // printed right before it ended
 			return c.accept(reply)
 		default:
 		}
 	}
-	return c.bury()
+	return c.reap()
 }
 
-func (c *coprocess) accept(reply []byte) [][]byte {
-	c.answered, c.pauses = true, pauses{}
-	return [][]byte{reply}
+func (c *coprocess) accept(line []byte) Reply {
+	c.answered, c.restarts = true, restartLimit{}
+	return Reply{Output: [][]byte{line}}
 }
 
-// line is a request as the process reads it.
+// line returns a request as the process reads it.
 func (c *coprocess) line(body [][]byte) ([]byte, error) {
+	terminator := "newline"
+	if c.terminator == 0 {
+		terminator = "NUL byte"
+	}
 	for i, frame := range body {
 		switch {
 		case bytes.IndexByte(frame, c.terminator) >= 0:
-			return nil, fmt.Errorf("frame %d holds a %s, which ends a request", i+1, map[byte]string{0: "NUL byte", '\n': "newline"}[c.terminator])
+			return nil, fmt.Errorf("frame %d contains a %s, which ends a request", i+1, terminator)
 		case bytes.IndexByte(frame, '\t') >= 0:
-			return nil, fmt.Errorf("frame %d holds a tab, which separates arguments", i+1)
+			return nil, fmt.Errorf("frame %d contains a tab, which separates arguments", i+1)
 		}
 	}
 	return append(bytes.Join(body, []byte{'\t'}), c.terminator), nil
 }
 
-// open starts the process ahead of the first request, which then need not wait for it.
+// open starts the process before the first request needs it.
 func (c *coprocess) open() {
-	if err := c.revive(); err != nil {
-		c.say("%s: %v", c.Name, err)
+	if f := c.ensureRunning(); f != nil {
+		c.errorf("%s: %v", c.Name, f)
 	}
 }
 
-// revive sees to it that there is a process to ask, a fresh one where need be.
-func (c *coprocess) revive() *failure {
+// ensureRunning starts a process unless one is running that can take a request.
+func (c *coprocess) ensureRunning() *failure {
 	if p := c.running; p != nil {
 		select {
-		case <-c.output.whole:
-			p.end(&failure{status: exitProtocol, err: errors.New("ended, since it printed a line that no request asked for")})
-		case <-p.due.Done():
+		case <-c.output.lines:
+			p.end(&failure{status: exitProtocol, err: errors.New("ended because it printed a line that no request asked for")})
+		case <-p.ctx.Done():
 		case <-p.ended:
 		default:
 			return nil
 		}
-		c.bury()
+		c.reap()
 	}
-	if pause := time.Until(c.pauses.until); pause > 0 {
-		why := fmt.Errorf("%s ends again and again; it is given a pause of %v", c.Command[0], pause.Round(time.Millisecond))
-		return &failure{status: exitTemporary, err: why}
+	if pause := time.Until(c.restarts.next); pause > 0 {
+		err := fmt.Errorf("%s ends again and again; it is started again in %v", c.Command[0], pause.Round(time.Millisecond))
+		return &failure{status: exitTemporary, err: err}
 	}
 	p := c.prepare(c.Command)
-	output := &lines{bounded: newBounded(c.MaxOutput, p.end), terminator: c.terminator, whole: make(chan []byte, 1)}
-	c.direct(p, output)
+	output := &lineOutput{limitedBuffer: newLimitedBuffer(c.MaxOutput, p.end), terminator: c.terminator, lines: make(chan []byte, 1)}
+	c.redirect(p, output)
 	stdin, err := p.StdinPipe()
 	if err == nil {
 		err = c.start(p)
@@ -414,24 +398,23 @@ func (c *coprocess) revive() *failure {
 	return nil
 }
 
-// bury lets the process end, or helps it to. It returns the reply to the request in
-// hand, if there is one.
-func (c *coprocess) bury() [][]byte {
+// reap waits for the end of the process and returns the reply to its last request.
+func (c *coprocess) reap() Reply {
 	p := c.running
 	defer p.end(nil)
-	status, why := c.finish(p)
+	status, reason := c.wait(p)
 	if status == 0 {
-		status, why = exitUnavailable, errors.New("ended without a reply")
+		status, reason = exitUnavailable, errors.New("ended without a reply")
 	}
-	c.note("%s: %s came to an end: %v", c.Name, c.Command[0], cmp.Or(why, errors.New(p.ProcessState.String())))
+	c.infof("%s: %s ended: %v", c.Name, c.Command[0], cmp.Or(reason, errors.New(p.ProcessState.String())))
 	if !c.answered {
-		c.pauses.grow(time.Now())
+		c.restarts.failed(time.Now())
 	}
 	c.running = nil
-	return c.report(p, status, why)
+	return c.result(p, status, reason)
 }
 
-// close lets the process come to its end: that of its input, or else the ladder.
+// close lets the process end by itself at the end of its input, and otherwise ends it.
 func (c *coprocess) close() {
 	p := c.running
 	if p == nil {
@@ -440,51 +423,51 @@ func (c *coprocess) close() {
 	c.stdin.Close()
 	select {
 	case <-p.ended:
-	case <-p.due.Done():
-	case <-time.After(time.Duration(c.KillAfter)):
+	case <-p.ctx.Done():
+	case <-time.After(c.KillAfter):
 	}
 	p.end(nil)
-	c.finish(p)
+	<-p.ended
 }
 
-// pauses are for processes that end without having answered anything, one after the
-// other. The first is followed by another at once: it may have been the request's fault.
-type pauses struct {
+// A restartLimit slows down the restarts of processes that end, one after the other, before
+// they have answered anything. The first restart is at once: the request may be to blame.
+type restartLimit struct {
 	failures int
-	until    time.Time
+	next     time.Time // no restart before
 }
 
-func (p *pauses) grow(now time.Time) {
-	if p.failures++; p.failures > 1 {
-		p.until = now.Add(backoff(p.failures - 1))
+func (l *restartLimit) failed(now time.Time) {
+	if l.failures++; l.failures > 1 {
+		l.next = now.Add(backoff(l.failures - 1))
 	}
 }
 
-// Lines are the sink of a coprocess: what it prints, cut into replies.
-type lines struct {
-	*bounded   // the line that has begun
-	terminator byte
-	whole      chan []byte // room for the one that is asked for, with its newline
+// A lineOutput is the output of a coprocess, cut into replies.
+type lineOutput struct {
+	*limitedBuffer // the line that has begun
+	terminator     byte
+	lines          chan []byte // has room for the one reply that is asked for, with its newline
 }
 
-func (l *lines) Write(p []byte) (int, error) {
-	line, rest, whole := bytes.Cut(p, []byte{l.terminator})
-	if whole && l.terminator == '\n' {
+func (o *lineOutput) Write(p []byte) (int, error) {
+	line, rest, complete := bytes.Cut(p, []byte{o.terminator})
+	if complete && o.terminator == '\n' {
 		line = p[:len(line)+1]
 	}
-	n, err := l.bounded.Write(line)
-	if err != nil || !whole {
+	n, err := o.limitedBuffer.Write(line)
+	if err != nil || !complete {
 		return n, err
 	}
 	if len(rest) == 0 {
 		select {
-		case l.whole <- l.Bytes():
-			l.bounded = newBounded(size(l.max), l.end)
+		case o.lines <- o.Bytes():
+			o.limitedBuffer = newLimitedBuffer(size(o.max), o.end)
 			return len(p), nil
 		default:
 		}
 	}
-	err = &failure{status: exitProtocol, err: errors.New("ended, since it printed more than a line for a request")}
-	l.end(err)
+	err = &failure{status: exitProtocol, err: errors.New("ended because it printed more than one line for a request")}
+	o.end(err)
 	return len(line), err
 }

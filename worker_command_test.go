@@ -20,7 +20,7 @@ func testCommand(command ...string) *CmdService {
 		Endpoint:     "tcp://broker:5555",
 		Command:      command,
 		Now:          context.Background(),
-		commandRules: commandRules{KillAfter: duration(2 * time.Second), MaxOutput: 64 << 20, Stderr: "log"},
+		commandFlags: commandFlags{KillAfter: 2 * time.Second, MaxOutput: 64 << 20, Stderr: "log"},
 	}
 }
 
@@ -71,13 +71,13 @@ func TestCommandsEndInTheReplyThatTheyDeserve(t *testing.T) {
 		{"not found", []string{"no-such-command"}, nil, []string{"", "bservice: svc: ", "exit status 127"}},
 		{"no such file", []string{"/no/such/file"}, nil, []string{"", "bservice: svc: ", "exit status 127"}},
 		{"not executable", []string{plain}, nil, []string{"", "bservice: svc: ", "exit status 126"}},
-		{"NUL byte", []string{"echo"}, frames("a", "b\x00c"), []string{"", "bservice: svc: frame 2 holds a NUL byte", "exit status 126"}},
+		{"NUL byte", []string{"echo"}, frames("a", "b\x00c"), []string{"", "bservice: svc: frame 2 contains a NUL byte", "exit status 126"}},
 		{"too long", []string{"echo"}, [][]byte{make([]byte, 0), []byte(strings.Repeat("x", 1<<20))},
 			[]string{"", "bservice: svc: ", "exit status 126"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := testCommand(test.command...)
-			got := spell(c.Handle("token", test.body))
+			got := spell(c.Handle("token", test.body).Body())
 			if len(got) == 3 && len(test.want) == 3 {
 				got[1] = got[1][:min(len(got[1]), len(test.want[1]))]
 			}
@@ -92,7 +92,7 @@ func TestCommandKnowsItsServiceAndItsRequest(t *testing.T) {
 	c := testCommand("sh", "-c", `printf '%s %s %s %s' "$BACKBONE_SERVICE" "$BACKBONE_ENDPOINT" "$BACKBONE_REQUEST" "$GREETING in $PWD"`)
 	c.Env = []string{"GREETING=hello"}
 	c.Cwd = "/"
-	if got := spell(c.Handle("abc.1", nil)); !reflect.DeepEqual(got, []string{"svc tcp://broker:5555 abc.1 hello in /"}) {
+	if got := spell(c.Handle("abc.1", nil).Body()); !reflect.DeepEqual(got, []string{"svc tcp://broker:5555 abc.1 hello in /"}) {
 		t.Errorf("got %q", got)
 	}
 }
@@ -109,7 +109,7 @@ func TestLastFrameIsTheStandardInputWhereAskedFor(t *testing.T) {
 		{[]string{"a", "b", "in"}, "in a b"},
 		{[]string{"a", ""}, " a"},
 	} {
-		if got := spell(c.Handle("token", frames(test.body...))); !reflect.DeepEqual(got, []string{test.want}) {
+		if got := spell(c.Handle("token", frames(test.body...)).Body()); !reflect.DeepEqual(got, []string{test.want}) {
 			t.Errorf("%q: got %q, want %q", test.body, got, test.want)
 		}
 	}
@@ -118,7 +118,7 @@ func TestLastFrameIsTheStandardInputWhereAskedFor(t *testing.T) {
 func TestCommandNeedNotReadItsStandardInput(t *testing.T) {
 	c := testCommand("echo", "done")
 	c.Stdin = true
-	if got := spell(c.Handle("token", [][]byte{make([]byte, 1<<22)})); !reflect.DeepEqual(got, []string{"done\n"}) {
+	if got := spell(c.Handle("token", [][]byte{make([]byte, 1<<22)}).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
 		t.Errorf("got %.99q", got)
 	}
 }
@@ -140,7 +140,7 @@ func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
 		c := testCommand("sh", "-c", test.line)
 		c.Stderr = test.stderr
 		var got []string
-		log := ours(t, func() { got = spell(c.Handle("token", nil)) })
+		log := ours(t, func() { got = spell(c.Handle("token", nil).Body()) })
 		if !reflect.DeepEqual(got, test.want) || log != test.log {
 			t.Errorf("--stderr %s, %s: got %q and the log %q, want %q and %q", test.stderr, test.line, got, log, test.want, test.log)
 		}
@@ -150,7 +150,7 @@ func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
 func TestFailureTellsTheEndOfALongStandardError(t *testing.T) {
 	c := testCommand("sh", "-c", "seq 1 100000 >&2; exit 1")
 	var got [][]byte
-	log := ours(t, func() { got = c.Handle("token", nil) })
+	log := ours(t, func() { got = c.Handle("token", nil).Body() })
 	if stderr := string(got[1]); len(stderr) < 64<<10 || len(stderr) > 128<<10 || !strings.HasSuffix(log, stderr) {
 		t.Errorf("%d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
 	}
@@ -164,9 +164,9 @@ func TestOutputBeyondItsBoundEndsTheCommand(t *testing.T) {
 	} {
 		c := testCommand("sh", "-c", test.line)
 		c.MaxOutput, c.Stderr = 1000, test.stderr
-		got := spell(c.Handle("token", nil))
+		got := spell(c.Handle("token", nil).Body())
 		if len(got) != 3 || len(got[0])+len(got[1]) > 1200 || got[2] != "exit status 74" ||
-			!strings.Contains(got[1], "bservice: svc: ended, since it printed more than --max-output 1000 bytes\n") {
+			!strings.Contains(got[1], "bservice: svc: ended because it printed more than --max-output 1000 bytes\n") {
 			t.Errorf("--stderr %s: %.1500q", test.stderr, got)
 		}
 	}
@@ -189,13 +189,13 @@ func TestEndedCommandTakesItsGroupAlong(t *testing.T) {
 				defer end()
 				fifo := newFifo(t)
 				c := testCommand("sh", "-c", test.line, fifo)
-				c.Now, c.KillAfter = now, duration(100*time.Millisecond)
+				c.Now, c.KillAfter = now, 100*time.Millisecond
 				if timeout {
-					limit := duration(500 * time.Millisecond)
+					limit := 500 * time.Millisecond
 					c.Timeout, test.status = &limit, "exit status 124"
 				}
 				ended := make(chan [][]byte)
-				go func() { ended <- c.Handle("token", nil) }()
+				go func() { ended <- c.Handle("token", nil).Body() }()
 				// The child holds it open until it dies.
 				reader, err := os.Open(fifo)
 				if err != nil {
@@ -221,8 +221,8 @@ func TestEndedCommandTakesItsGroupAlong(t *testing.T) {
 func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
 	fifo := newFifo(t)
 	c := testCommand("sh", "-c", `cat "$0" & echo done`, fifo)
-	c.KillAfter = duration(100 * time.Millisecond)
-	if got := spell(c.Handle("token", nil)); !reflect.DeepEqual(got, []string{"done\n"}) {
+	c.KillAfter = 100 * time.Millisecond
+	if got := spell(c.Handle("token", nil).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
 		t.Errorf("got %q", got)
 	}
 	// Lets the grandchild go.
@@ -233,8 +233,8 @@ func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
 
 func newCoprocess(t *testing.T, command ...string) *coprocess {
 	t.Helper()
-	timeout := duration(20 * time.Second)
-	c := &coprocess{CmdService: testCommand(command...), voice: voice{quiet: true}, terminator: '\n'}
+	timeout := 20 * time.Second
+	c := &coprocess{CmdService: testCommand(command...), console: console{quiet: true}, terminator: '\n'}
 	c.Timeout = &timeout
 	t.Cleanup(c.close)
 	return c
@@ -243,7 +243,7 @@ func newCoprocess(t *testing.T, command ...string) *coprocess {
 // asks has a coprocess answer a request. Of standard error the beginning is enough.
 func (c *coprocess) asks(t *testing.T, body []string, want ...string) {
 	t.Helper()
-	got := spell(c.Handle("token", frames(body...)))
+	got := spell(c.Handle("token", frames(body...)).Body())
 	if len(got) == 3 && len(want) == 3 {
 		got[1] = got[1][:min(len(got[1]), len(want[1]))]
 	}
@@ -266,7 +266,7 @@ func TestCoprocessAnswersRecordForRecord(t *testing.T) {
 	c := newCoprocess(t, "cat")
 	c.terminator = 0
 	c.asks(t, []string{"two\nlines\n", "x"}, "two\nlines\n\tx")
-	c.asks(t, []string{"a\x00"}, "", "bservice: svc: frame 1 holds a NUL byte, which ends a request\n", "exit status 126")
+	c.asks(t, []string{"a\x00"}, "", "bservice: svc: frame 1 contains a NUL byte, which ends a request\n", "exit status 126")
 }
 
 func TestCoprocessIsOneProcess(t *testing.T) {
@@ -279,8 +279,8 @@ func TestCoprocessIsOneProcess(t *testing.T) {
 
 func TestFramesThatWouldBeMistakenAreRefused(t *testing.T) {
 	c := newCoprocess(t, "cat")
-	c.asks(t, []string{"a", "b\nc"}, "", "bservice: svc: frame 2 holds a newline, which ends a request\n", "exit status 126")
-	c.asks(t, []string{"a\tb"}, "", "bservice: svc: frame 1 holds a tab, which separates arguments\n", "exit status 126")
+	c.asks(t, []string{"a", "b\nc"}, "", "bservice: svc: frame 2 contains a newline, which ends a request\n", "exit status 126")
+	c.asks(t, []string{"a\tb"}, "", "bservice: svc: frame 1 contains a tab, which separates arguments\n", "exit status 126")
 	c.asks(t, []string{"fine"}, "fine\n")
 }
 
@@ -303,17 +303,17 @@ func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
 		{"exit", []string{"", "bservice: svc: ended without a reply\n", "exit status 69"}},
 		{"exec >&-", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
 		{"read forever", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
-		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended, since it printed more than a line for a request\n", "exit status 76"}},
-		{"exec yes", []string{"y\n", "bservice: svc: ended, since it printed more than a line for a request\n", "exit status 76"}},
-		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended, since it printed more than --max-output 100000 bytes\n", "exit status 74"}},
+		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended because it printed more than one line for a request\n", "exit status 76"}},
+		{"exec yes", []string{"y\n", "bservice: svc: ended because it printed more than one line for a request\n", "exit status 76"}},
+		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended because it printed more than --max-output 100000 bytes\n", "exit status 74"}},
 	} {
 		t.Run(test.poison, func(t *testing.T) {
 			c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
 			c.MaxOutput = 100_000
 			c.asks(t, nil, "1\n")
-			*c.Timeout = duration(300 * time.Millisecond)
+			*c.Timeout = 300 * time.Millisecond
 			c.asks(t, []string{test.poison}, test.want...)
-			*c.Timeout = duration(20 * time.Second)
+			*c.Timeout = 20 * time.Second
 			c.asks(t, nil, "2\n")
 			c.asks(t, nil, "2\n")
 		})
@@ -328,7 +328,7 @@ func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
 	if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
 		t.Fatal(err)
 	}
-	for len(c.output.whole) == 0 {
+	for len(c.output.lines) == 0 {
 		runtime.Gosched()
 	}
 	first := c.running
@@ -348,8 +348,8 @@ func TestCoprocessThatEndsAgainAndAgainIsGivenPauses(t *testing.T) {
 	c := newCoprocess(t, "sh", "-c", "exit 5")
 	c.asks(t, nil, "", "", "exit status 5")
 	c.asks(t, nil, "", "", "exit status 5")
-	c.asks(t, nil, "", "bservice: svc: sh ends again and again; it is given a pause of ", "exit status 75")
-	c.pauses.until = time.Now()
+	c.asks(t, nil, "", "bservice: svc: sh ends again and again; it is started again in ", "exit status 75")
+	c.restarts.next = time.Now()
 	c.asks(t, nil, "", "", "exit status 5")
 }
 
@@ -362,12 +362,12 @@ func TestPoisonDoesNotBringPausesToAProcessThatAnswers(t *testing.T) {
 }
 
 func TestPausesGrowToFiveSeconds(t *testing.T) {
-	var p pauses
+	var l restartLimit
 	now := time.Unix(1000, 0)
 	var got []time.Duration
 	for range 9 {
-		p.grow(now)
-		got = append(got, max(0, p.until.Sub(now)))
+		l.failed(now)
+		got = append(got, max(0, l.next.Sub(now)))
 	}
 	want := []time.Duration{0, 100, 200, 400, 800, 1600, 3200, 5000, 5000}
 	for i := range want {
@@ -377,14 +377,14 @@ func TestPausesGrowToFiveSeconds(t *testing.T) {
 		t.Errorf("pauses of %v, want %v", got, want)
 	}
 	for range 1000 {
-		p.grow(now)
+		l.failed(now)
 	}
-	if pause := p.until.Sub(now); pause != longestPause {
+	if pause := l.next.Sub(now); pause != maxBackoff {
 		t.Errorf("after very many a pause of %v", pause)
 	}
 }
 
-func TestCoprocessEndsWithItsInputOrElseByTheLadder(t *testing.T) {
+func TestCoprocessEndsWithItsInputOrElseBySignals(t *testing.T) {
 	for _, test := range []struct {
 		line string
 		want string
@@ -394,7 +394,7 @@ func TestCoprocessEndsWithItsInputOrElseByTheLadder(t *testing.T) {
 		{"trap '' TERM; read x; exec sleep 1000", "signal: killed"},
 	} {
 		c := newCoprocess(t, "sh", "-c", test.line)
-		c.KillAfter = duration(100 * time.Millisecond)
+		c.KillAfter = 100 * time.Millisecond
 		c.open()
 		c.close()
 		if got := c.running.ProcessState.String(); got != test.want {

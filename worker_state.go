@@ -8,41 +8,35 @@ import (
 	"time"
 )
 
-// tokenOf makes a printable word of the address that a broker gave a request.
-func tokenOf(address [][]byte) string {
-	quoted := strconv.QuoteToASCII(string(bytes.Join(address, []byte{'/'})))
-	return quoted[1 : len(quoted)-1]
-}
-
-// A session is one registration with a broker, from READY to DISCONNECT, as a state
-// machine: it knows no socket, no clock and no command.
+// A session is one registration with a broker, from READY to DISCONNECT. It is a state machine
+// that knows no socket, no clock and no command: the loop around it calls a method for each event.
 type session struct {
 	*Service
 	send  func(frames [][]byte) error
-	start func(token string, body [][]byte) // begins to work on a request; Finish ends it
+	start func(token string, body [][]byte) // starts to work on a request; Finish takes the reply
 
-	over       error // why the session ended, nil while it lasts
+	over       error // why the session ended; nil while it lasts
 	registered bool
 	working    bool
-	client     [][]byte // whose request is in hand
-	reply      *Message // finished and not yet sent
+	address    [][]byte // of the client whose request is in hand
+	reply      *Message // finished but not sent
 	due        time.Time
-	silence    int // heartbeats since the broker was last heard
-	accused    bool
+	silence    int  // heartbeats since the broker was last heard
+	complained bool // about a bad message
 }
 
-// unsent tells whether Flush has something to do, once the broker can be reached.
+// unsent tells whether Flush has something to send when the broker can be reached.
 func (s *session) unsent() bool {
 	return s.over == nil && (!s.registered || s.reply != nil)
 }
 
-// Flush sends what is due to the broker: READY first of all, and a reply.
+// Flush sends what the broker is owed: READY first of all, and a reply.
 func (s *session) Flush() {
 	if !s.registered {
 		s.registered = s.deliver(Message{Kind: KindReady, Service: []byte(s.Name)})
 		if s.registered {
-			s.missing = time.Time{}
-			s.note("%s is ready at %s", s.Name, s.Endpoint)
+			s.nextNotice = time.Time{}
+			s.infof("%s is ready at %s", s.Name, s.Endpoint)
 		}
 	}
 	if s.registered && s.reply != nil && s.deliver(*s.reply) {
@@ -50,8 +44,7 @@ func (s *session) Flush() {
 	}
 }
 
-// deliver sends a message, tells whether it could, and ends the session where it
-// never will.
+// deliver sends a message and tells whether it could. It ends the session if it never will.
 func (s *session) deliver(m Message) bool {
 	err := s.send(m.Frames())
 	if err != nil && err != errWouldBlock {
@@ -60,22 +53,22 @@ func (s *session) deliver(m Message) bool {
 	return err == nil
 }
 
-// Receive takes a message of the broker's.
+// Receive takes a message of the broker.
 func (s *session) Receive(frames [][]byte) {
 	if s.over != nil {
 		return
 	}
 	m, err := Parse(frames)
 	if err == nil && m.Kind == KindRequest && s.busy() {
-		err = errors.New("a REQUEST before the reply to the last")
+		err = errors.New("a REQUEST before the reply to the last one")
 	}
 	if err == nil && (m.Kind == KindClient || m.Kind == KindReady || m.Kind == KindReply) {
 		err = fmt.Errorf("an unexpected %v", m.Kind)
 	}
 	if err != nil {
-		if !s.accused {
-			s.accused = true
-			s.say("bad message from %s: %v", s.Endpoint, err)
+		if !s.complained {
+			s.complained = true
+			s.errorf("bad message from %s: %v", s.Endpoint, err)
 		}
 		return
 	}
@@ -83,21 +76,27 @@ func (s *session) Receive(frames [][]byte) {
 	s.silence = 0
 	switch m.Kind {
 	case KindRequest:
-		s.client, s.working = m.Client, true
+		s.address, s.working = m.Client, true
 		s.start(tokenOf(m.Client), m.Body)
 	case KindDisconnect:
 		s.over = errors.New("the broker said DISCONNECT")
 	}
 }
 
-// Finish takes the reply to the request in hand.
+// tokenOf returns a printable word for the address that a broker gave a request.
+func tokenOf(address [][]byte) string {
+	quoted := strconv.QuoteToASCII(string(bytes.Join(address, []byte{'/'})))
+	return quoted[1 : len(quoted)-1]
+}
+
+// Finish takes the body of the reply to the request in hand.
 func (s *session) Finish(body [][]byte) {
 	s.working = false
 	if s.over != nil {
-		s.say("%s: a reply is lost: %v", s.Name, s.over)
+		s.errorf("%s: a reply is lost: %v", s.Name, s.over)
 		return
 	}
-	s.reply = &Message{Kind: KindReply, Client: s.client, Body: body}
+	s.reply = &Message{Kind: KindReply, Client: s.address, Body: body}
 	s.Flush()
 }
 
@@ -109,10 +108,10 @@ func (s *session) Tick(now time.Time) time.Time {
 	if now.Before(s.due) {
 		return s.due
 	}
-	s.due = now.Add(time.Duration(s.Heartbeat))
+	s.due = now.Add(s.Heartbeat)
 	if !s.registered {
-		if s.miss(now) {
-			s.over = errMissing // its name may have another address by now
+		if s.noticeMissing(now) {
+			s.over = errMissing // The name of its host may have another address by now.
 		}
 		return s.due
 	}
@@ -126,28 +125,28 @@ func (s *session) Tick(now time.Time) time.Time {
 	return s.due
 }
 
-// errMissing is why a session ends for which no broker was there for a while.
+// errMissing is why a session ends if no broker was there for a while.
 var errMissing = errors.New("no broker is there")
 
-// Lose tells that the connection broke. What was on its way is lost with it, in both
-// directions: an idle worker might wait for a request that the broker has sent.
+// Lose takes the news that the connection broke. What was on its way is lost in both directions:
+// an idle worker might wait for a request that the broker has sent.
 func (s *session) Lose() {
-	if s.registered && !s.busy() {
+	if s.over == nil && s.registered && !s.busy() {
 		s.over = errors.New("the connection to the broker broke")
 	}
 }
 
-// busy tells whether a request is in hand. As long as it is, neither silence nor a
-// broken connection ends the session: some brokers send no heartbeats to a busy worker,
-// and the reply can still go out over the next connection.
+// busy tells whether a request is in hand. Meanwhile neither silence nor a broken connection ends
+// the session: some brokers send no heartbeats to a busy worker, and the reply can still go out
+// over the next connection.
 func (s *session) busy() bool {
 	return s.working || s.reply != nil
 }
 
-// Leave says goodbye.
+// Leave says DISCONNECT.
 func (s *session) Leave() {
 	if s.reply != nil {
-		s.say("%s: a reply is lost: the broker is gone", s.Name)
+		s.errorf("%s: a reply is lost: the broker is gone", s.Name)
 	}
 	if s.registered {
 		s.deliver(Message{Kind: KindDisconnect})

@@ -23,8 +23,8 @@ func newFakeLink(t *testing.T) *fakeLink {
 	l.session = &session{
 		Service: &Service{
 			Name:           "echo",
-			heartbeatFlags: heartbeatFlags{Heartbeat: duration(time.Second), Liveness: 5},
-			voice:          voice{quiet: true},
+			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
+			console:        console{quiet: true},
 		},
 		send: func(frames [][]byte) error {
 			if l.failure == nil {

@@ -16,9 +16,9 @@ import (
 func TestServiceSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	release := make(chan struct{})
-	startService(t, endpoint, func(_ string, body [][]byte) [][]byte {
+	startService(t, endpoint, func(_ string, body [][]byte) Reply {
 		<-release
-		return append(body, []byte("\x00\xff"))
+		return Reply{Output: append(body, []byte("\x00\xff"))}
 	})
 
 	worker, ready := broker.next()
@@ -69,10 +69,10 @@ func TestServiceWhoseConnectionBrokeRegistersAnewAsSomebodyElse(t *testing.T) {
 func TestServiceThatIsStoppedRepliesAndTakesItsLeave(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	started, release := make(chan struct{}), make(chan struct{})
-	stop := startService(t, endpoint, func(_ string, body [][]byte) [][]byte {
+	stop := startService(t, endpoint, func(_ string, body [][]byte) Reply {
 		close(started)
 		<-release
-		return body
+		return Reply{Output: body}
 	})
 	worker, _ := broker.next()
 	broker.send(worker, "", "MDPW01", "\x02", "C", "", "x")

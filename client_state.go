@@ -1,0 +1,415 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// A call is a request and, once it has ended, what came of it: a reply or an error.
+type call struct {
+	service string
+	body    [][]byte
+	timeout time.Duration // of each try; 0 for none
+	retries int           // how often it is tried again after a temporary failure
+
+	ended bool
+	reply Reply
+	err   error // why there is no reply: wraps errCancelled or one of the failures below
+
+	number      int    // in the order of begin
+	correlation string // the frame by which its reply is known, or empty
+	tries       int
+	due         time.Time // the end of its timeout or of its pause; zero for never
+}
+
+// status returns the exit status that the end of the call means.
+func (c *call) status() int {
+	if c.err != nil {
+		return failureOf(c.err).status
+	}
+	return c.reply.Status
+}
+
+// temporary tells whether the same request may well end differently next time.
+func (c *call) temporary() bool {
+	switch c.status() {
+	case exitUnavailable, exitTemporary, exitTimeout:
+		return true
+	}
+	return false
+}
+
+// mayQueue tells whether a broker may put the request into a queue. It answers requests to
+// itself at once.
+func (c *call) mayQueue() bool { return !isManagement(c.service) }
+
+// overdue tells whether the timeout or the pause of the call is over.
+func (c *call) overdue(now time.Time) bool { return !c.due.IsZero() && !now.Before(c.due) }
+
+// Why a call has no reply.
+var (
+	errNoBroker = &failure{status: exitUnavailable, err: errors.New("no broker"),
+		hint: "start one with bbroker, or tell where it is with --broker, --host or --port"}
+	errLost = &failure{status: exitUnavailable, err: errors.New("lost the broker"),
+		hint: "the command may have run, or the request is longer than bbroker --max-message"}
+	errTimeout  = &failure{status: exitTimeout, err: errors.New("no reply")}
+	errProtocol = &failure{status: exitProtocol, err: errors.New("bad reply"), hint: "is that an MDP/0.1 broker?"}
+
+	errCancelled     = errors.New("cancelled")
+	errNoCorrelation = errors.New("it does not tell which request it is for; use --jobs 1 with this broker")
+)
+
+// A caller makes the calls of a Client. It is a state machine that knows no socket and no clock:
+// the loop around it calls a method for each event. The loop also opens a connection when
+// needsConnection says so, and closes its own when the caller has dropped it.
+//
+// A call waits until the connection takes it, is then in flight, and ends once, with a reply or
+// an error. After a temporary failure it pauses before its next try, if it has one left.
+type caller struct {
+	endpoint string // for errors
+
+	// With correlation, any number of calls are in flight: each has a frame of its own at the
+	// head of its address, which a broker that knows address stacks gives back. Without it there
+	// is one at a time, as RFC 7 spells it.
+	correlated bool
+
+	retrying func(c *call, pause time.Duration) // told of each retry; may be nil
+
+	conn    *connection // nil if there is none
+	waiting []*call     // the next one to send first
+	pausing []*call
+	ended   []*call   // since the last takeEnded
+	due     time.Time // nothing is due before; zero for never
+	begun   int
+}
+
+// A connection is one to a broker, which need not be there yet.
+type connection struct {
+	send      func(frames [][]byte) error
+	connected bool             // the broker is there
+	inFlight  map[string]*call // by correlation
+	cancels   int              // that the broker has not confirmed
+	closing   time.Time        // when it is closed even if cancels are left; zero while it takes calls
+	failed    *call            // ends when the connection is closed; only without correlation
+}
+
+// cancelPatience is how long a connection waits for the broker to confirm that it dropped
+// requests. Brokers other than ours do not know mmi.cancel.
+const cancelPatience = 500 * time.Millisecond
+
+// begin takes a new call.
+func (r *caller) begin(c *call, now time.Time) {
+	r.begun++
+	c.number = r.begun
+	if r.correlated {
+		c.correlation = strconv.Itoa(c.number)
+	}
+	r.try(c, now)
+}
+
+func (r *caller) try(c *call, now time.Time) {
+	c.tries++
+	c.due = time.Time{}
+	if c.timeout > 0 {
+		c.due = now.Add(c.timeout)
+		r.due = earlier(r.due, c.due)
+	}
+	r.waiting = append(r.waiting, c)
+}
+
+// needsConnection tells whether calls wait for a connection.
+func (r *caller) needsConnection() bool { return r.conn == nil && len(r.waiting) > 0 }
+
+// open gives the caller a connection. What it sends before a broker is there waits in the socket.
+func (r *caller) open(send func(frames [][]byte) error) {
+	r.conn = &connection{send: send, inFlight: map[string]*call{}}
+}
+
+// flush sends the calls that wait, as long as the connection takes them.
+func (r *caller) flush() {
+	for len(r.waiting) > 0 && r.takesCalls() {
+		c := r.waiting[0]
+		err := r.send(c.service, c.body, c.correlation)
+		if err == errWouldBlock {
+			return
+		}
+		r.waiting = r.waiting[1:]
+		r.conn.inFlight[c.correlation] = c
+		if err != nil {
+			return // The connection broke within the message, which lost is about to tell.
+		}
+		if r.conn.connected {
+			c.release()
+		}
+	}
+}
+
+func (r *caller) takesCalls() bool {
+	return r.conn != nil && r.conn.closing.IsZero() && (r.correlated || len(r.conn.inFlight) == 0)
+}
+
+// connected takes the news that the broker is there. From now on a call either is answered over
+// this connection or fails with it.
+func (r *caller) connected() {
+	if r.conn == nil || r.conn.connected {
+		return
+	}
+	r.conn.connected = true
+	for _, c := range r.conn.inFlight {
+		c.release()
+	}
+}
+
+// release frees the body of a call that was sent and has no further try: the reply may need the
+// memory.
+func (c *call) release() {
+	if c.tries > c.retries {
+		length := sizeOf(c.body)
+		c.body = nil
+		freeMemory(length)
+	}
+}
+
+func (r *caller) send(service string, body [][]byte, correlation string) error {
+	m := Message{Kind: KindClient, Service: []byte(service), Body: body}
+	if correlation != "" {
+		m.Address = [][]byte{[]byte(correlation)}
+	}
+	return r.conn.send(m.Frames())
+}
+
+// sendCancel asks the broker to drop a request if it has not begun, or all of them if the
+// correlation is empty.
+func (r *caller) sendCancel(correlation string) {
+	if err := r.send(mmiCancel, nil, correlation); err == nil {
+		r.conn.cancels++
+	}
+}
+
+// receive takes a message of the broker.
+func (r *caller) receive(frames [][]byte, now time.Time) {
+	r.connected() // Of peers that speak ZMTP 2 there is no other news.
+	m, err := Parse(frames)
+	correlation := ""
+	switch {
+	case err != nil:
+	case m.Kind != KindClient:
+		err = fmt.Errorf("an unexpected %v", m.Kind)
+	case !r.correlated:
+	case len(m.Address) == 1:
+		correlation = string(m.Address[0])
+	case string(m.Service) != mmiCancel:
+		err = errNoCorrelation
+	}
+	if err != nil {
+		r.fail(fmt.Errorf("%w from %s: %w", errProtocol, r.endpoint, err), now)
+		return
+	}
+
+	c := r.conn.inFlight[correlation]
+	switch {
+	case string(m.Service) == mmiCancel && (c == nil || c.service != mmiCancel):
+		r.conn.cancels--
+		if c != nil && len(m.Body) == 1 && string(m.Body[0]) == mmiFound {
+			r.end(c, Reply{}, errCancelled, now)
+		}
+		r.closeIfDone(now)
+	case c == nil:
+		// It comes too late.
+	case string(m.Service) != c.service:
+		r.end(c, Reply{}, fmt.Errorf("%w from %s: one of service %q", errProtocol, r.endpoint, m.Service), now)
+	default:
+		r.end(c, ParseReply(m.Body), nil, now)
+	}
+}
+
+// lost takes the news that the connection broke, after the messages that came before.
+func (r *caller) lost(now time.Time) {
+	if r.conn == nil {
+		return
+	}
+	r.conn.connected, r.conn.cancels = false, 0
+	r.closeIfDone(now)
+	r.fail(fmt.Errorf("%w at %s before its reply", errLost, r.endpoint), now)
+}
+
+// fail ends the calls in flight and drops the connection. Without calls in flight nothing is
+// lost, and the connection stays: ZeroMQ makes it again.
+func (r *caller) fail(err error, now time.Time) {
+	if r.conn == nil || len(r.conn.inFlight) == 0 {
+		return
+	}
+	calls := r.inFlight()
+	r.conn = nil
+	for _, c := range calls {
+		r.end(c, Reply{}, err, now)
+	}
+}
+
+// inFlight returns the calls in flight in the order of begin.
+func (r *caller) inFlight() []*call {
+	return slices.SortedFunc(maps.Values(r.conn.inFlight), func(a, b *call) int { return cmp.Compare(a.number, b.number) })
+}
+
+// end ends a try of a call. Without correlation a failure also ends the connection, and before it
+// the call does not end: a late reply must not be taken for that of the next call.
+func (r *caller) end(c *call, reply Reply, err error, now time.Time) {
+	c.reply, c.err = reply, err
+	if r.conn != nil && r.conn.inFlight[c.correlation] == c {
+		delete(r.conn.inFlight, c.correlation)
+		if err != nil && !r.correlated {
+			r.conn.failed = c
+			r.close(now)
+			return
+		}
+	}
+	r.conclude(c, now)
+}
+
+// conclude ends a call, or lets it pause before its next try.
+func (r *caller) conclude(c *call, now time.Time) {
+	if c.temporary() && c.tries <= c.retries {
+		pause := backoff(c.tries)
+		pause = pause/2 + rand.N(pause/2) // Those who failed together do not come back together.
+		c.due = now.Add(pause)
+		r.due = earlier(r.due, c.due)
+		r.pausing = append(r.pausing, c)
+		if r.retrying != nil {
+			r.retrying(c, pause)
+		}
+		return
+	}
+	c.ended = true
+	r.ended = append(r.ended, c)
+}
+
+// takeEnded returns the calls that ended since the last time.
+func (r *caller) takeEnded() []*call {
+	ended := r.ended
+	r.ended = nil
+	return ended
+}
+
+// cancel asks for the end of a call: it ends with errCancelled if it has not begun, and otherwise
+// as if nothing had been asked. It is not tried again.
+func (r *caller) cancel(c *call, now time.Time) {
+	c.retries = 0
+	for _, list := range []*[]*call{&r.waiting, &r.pausing} {
+		if i := slices.Index(*list, c); i >= 0 {
+			*list = slices.Delete(*list, i, i+1)
+			r.end(c, Reply{}, errCancelled, now)
+			return
+		}
+	}
+	if r.conn != nil && r.conn.inFlight[c.correlation] == c {
+		r.sendCancel(c.correlation)
+	}
+}
+
+// abandon gives up all calls. The connection stays until the broker has confirmed that it dropped
+// those that it had in a queue; calls may still end meanwhile.
+func (r *caller) abandon(now time.Time) {
+	r.waiting, r.pausing = nil, nil
+	if r.conn == nil {
+		return
+	}
+	queued := false
+	for _, c := range r.conn.inFlight {
+		c.retries = 0
+		queued = queued || c.mayQueue()
+	}
+	if queued && r.conn.connected {
+		r.sendCancel("")
+	}
+	r.close(now)
+}
+
+// close takes no more calls over this connection, and drops it once cancels are confirmed.
+func (r *caller) close(now time.Time) {
+	r.conn.closing = now.Add(cancelPatience)
+	r.closeIfDone(now)
+}
+
+func (r *caller) closeIfDone(now time.Time) {
+	k := r.conn
+	if k == nil || k.closing.IsZero() || k.cancels > 0 && k.connected && now.Before(k.closing) {
+		return
+	}
+	r.conn = nil
+	if k.failed != nil {
+		r.conclude(k.failed, now)
+	}
+}
+
+// deadline returns when tick has something to do, zero for never.
+func (r *caller) deadline() time.Time {
+	if r.conn != nil {
+		return earlier(r.due, r.conn.closing)
+	}
+	return r.due
+}
+
+// tick does what is due.
+func (r *caller) tick(now time.Time) {
+	r.closeIfDone(now)
+	if !r.due.IsZero() && !now.Before(r.due) {
+		r.expire(now)
+	}
+}
+
+// expire ends the calls whose time is over, and tries again those whose pause is over.
+func (r *caller) expire(now time.Time) {
+	r.due = time.Time{}
+	split := func(calls []*call) (rest, overdue []*call) {
+		for _, c := range calls {
+			if c.overdue(now) {
+				overdue = append(overdue, c)
+			} else {
+				rest = append(rest, c)
+				r.due = earlier(r.due, c.due)
+			}
+		}
+		return rest, overdue
+	}
+
+	var overdue, again []*call
+	if r.conn != nil {
+		if _, overdue = split(r.inFlight()); len(overdue) > 0 && !r.conn.connected {
+			// They are in the socket, from where they would go to a broker that comes later.
+			r.waiting = slices.Concat(r.inFlight(), r.waiting)
+			r.conn, overdue = nil, nil
+		}
+	}
+	for _, c := range overdue {
+		if c.mayQueue() {
+			r.sendCancel(c.correlation)
+		}
+		r.end(c, Reply{}, fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout), now)
+	}
+	r.waiting, overdue = split(r.waiting)
+	for _, c := range overdue {
+		err := fmt.Errorf("%w at %s within %v", errNoBroker, r.endpoint, c.timeout)
+		if r.conn != nil && r.conn.connected {
+			err = fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout)
+		}
+		r.end(c, Reply{}, err, now)
+	}
+	r.pausing, again = split(r.pausing)
+	for _, c := range again {
+		r.try(c, now)
+	}
+}
+
+// earlier returns the earlier of two times, of which a zero one is never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
