@@ -1,7 +1,7 @@
 #!/usr/bin/env node
 'use strict';
 /*
- * Clients and services for Backbone, in one file to copy. Needs zeromq 6 and nothing else.
+ * Clients and services for Backbone. Copy this one file; it requires only zeromq 6.
  *
  *   const { BackboneClient, BackboneService } = require('./backbone');
  *
@@ -9,12 +9,12 @@
  *
  *   new BackboneService('greet', (message, reply) => reply(['hello', ...message])).connect();
  *
- * They speak MDP/0.1 (RFC 7). A message is a string, a Buffer, or an array of them. What
- * comes is an array of strings for a service, and a string or, of several frames, an array
- * for a client; a frame that is not UTF-8 stays a Buffer, and with {encoding: null} each
- * one does.
+ * The protocol is MDP/0.1 (RFC 7). A message to send is a string, a Buffer, or an array of
+ * them. A service receives an array of strings. A client receives a string if the reply has
+ * one frame, and an array of strings otherwise. A frame that is not UTF-8 is a Buffer instead
+ * of a string; with {encoding: null}, every frame is a Buffer.
  *
- * As a program: backbone.js request|service --help
+ * The file is also a program: backbone.js request|service --help
  */
 const crypto = require('crypto');
 const os = require('os');
@@ -25,14 +25,14 @@ const { Dealer } = require('zeromq');
 const CLIENT = 'MDPC01', WORKER = 'MDPW01';
 const READY = '\x01', REQUEST = '\x02', REPLY = '\x03', HEARTBEAT = '\x04', DISCONNECT = '\x05';
 
-// In milliseconds.
+// Times in milliseconds.
 const HEARTBEAT_INTERVAL = 1000; // in both directions
-const SILENCE = 5 * HEARTBEAT_INTERVAL; // after which the other side is gone
+const SILENCE = 5 * HEARTBEAT_INTERVAL; // after which the broker counts as lost
 const DEFAULT_TIMEOUT = 3000;
-const CANCEL_PATIENCE = 500; // for brokers that know nothing of mmi.cancel
-const IDLE_PATIENCE = 100; // before an unused connection is closed, which would keep a script from ending
+const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some brokers do not support
+const IDLE_PATIENCE = 100; // before an idle connection is closed; an open one keeps the process running
 
-/** A request without success. Its status is the exit status that brequest would have. */
+/** A request failed. status is the exit status that brequest would have. */
 class BackboneError extends Error {
   constructor(message, status = 1) {
     super(message);
@@ -41,27 +41,27 @@ class BackboneError extends Error {
   }
 }
 
-/** No reply came in time. */
+/** No reply arrived within the timeout. */
 class RequestTimeout extends BackboneError {
   constructor(message, status = 124) { super(message, status); }
 }
 
-/** No broker was there in time. */
+/** No broker could be reached within the timeout. */
 class NoBroker extends RequestTimeout {
   constructor(message) { super(message, 69); }
 }
 
-/** The connection to the broker broke before the reply. */
+/** The connection to the broker was lost before the reply. */
 class ConnectionLost extends BackboneError {
   constructor(message) { super(message, 69); }
 }
 
-/** What came is no reply. */
+/** The broker sent an invalid reply. */
 class ProtocolError extends BackboneError {
   constructor(message) { super(message, 76); }
 }
 
-/** The service failed. Thrown by on_request it is what the client gets. */
+/** The service failed. Throw it in on_request to send this failure to the client. */
 class StatusError extends BackboneError {
   constructor(status, stdout = '', stderr = '') {
     super(String(stderr).trim() || `exit status ${status}`, status);
@@ -70,7 +70,7 @@ class StatusError extends BackboneError {
   }
 }
 
-/** The frames of a message: nothing, one frame, or an array of them. */
+/** Returns the frames of a message, which is undefined, null, one frame, or an array of frames. */
 function framesOf(message) {
   if (message === undefined || message === null) return [];
   return (Array.isArray(message) ? message : [message]).map(frame =>
@@ -96,7 +96,7 @@ function endpointOf(host, port, broker) {
 
 function dealer(endpoint, tool) {
   return new Dealer({
-    // Printable, telling a person who it is, and never used twice.
+    // Unique and printable. It names the tool, the host and the process.
     routingId: `${tool}.${os.hostname().slice(0, 200)}.${process.pid}.${crypto.randomBytes(4).toString('hex')}`,
     linger: 0,
     reconnectInterval: 20,
@@ -105,7 +105,7 @@ function dealer(endpoint, tool) {
   });
 }
 
-/** A request and the reply to it, as they are on a REQ socket. */
+/** A request and its reply, as the frames that a REQ socket sends and receives. */
 class BackboneClientMessage {
   constructor(service, message, { encoding = 'utf8' } = {}) {
     this.service = String(service);
@@ -119,8 +119,8 @@ class BackboneClientMessage {
   }
 
   /**
-   * Returns the frames of the reply, or the one that there is. A status reply of failure
-   * is thrown as a StatusError.
+   * Returns the frames of the reply; by default, a single frame without an array. Throws a
+   * StatusError if the reply reports a failure.
    */
   parseReply(raw, { simply_short_reply = true } = {}) {
     let [protocol, service, ...body] = raw.map(frame => Buffer.from(frame));
@@ -144,7 +144,7 @@ class BackboneClientMessage {
   }
 }
 
-/** The StatusError that a status reply stands for, or undefined for data. */
+/** Returns the status reply in body as a StatusError, or undefined if body is data. */
 function statusOf(body) {
   if (body.length === 2 && String(body[0]) === 'Error') {
     return new StatusError(1, Buffer.alloc(0), Buffer.concat([body[1], Buffer.from('\n')]));
@@ -153,7 +153,7 @@ function statusOf(body) {
   return match && match[1] < 256 ? new StatusError(Number(match[1]), body[0], body[1]) : undefined;
 }
 
-/** A socket for one request at a time, and what becomes of its connection. */
+/** A socket for one request at a time, and the state of its connection. */
 class Connection {
   constructor(endpoint) {
     this.socket = dealer(endpoint, 'brequest');
@@ -170,19 +170,21 @@ class Connection {
     this.endpoint = endpoint;
   }
 
-  /** Sends a request and waits for what comes. */
+  /** Sends a request and resolves to the frames of the reply. */
   async ask(frames, timeout, signal) {
     await this.socket.send(['', ...frames]);
     this.arrival = this.socket.receive();
-    this.arrival.catch(() => {}); // that the socket was closed
+    this.arrival.catch(() => {}); // it rejects when the socket is closed
     let timer, aborted;
     const failure = new Promise((_, reject) => {
-      if (timeout > 0 && timeout < 2 ** 31) { // beyond that it is 24 days
+      // setTimeout is limited to 2^31 - 1 ms (24 days). A longer timeout counts as none.
+      if (timeout > 0 && timeout < 2 ** 31) {
         timer = setTimeout(() => reject(this.connected
           ? new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`)
           : new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`)), timeout);
       }
-      // The last words of a broker that stops are handed out a little later, perhaps.
+      // A broker that stops may send a reply just before it closes the connection. zeromq may
+      // deliver the reply after the disconnect event.
       this.broken.then(() => setTimeout(reject, 100, new ConnectionLost(`lost the broker at ${this.endpoint} before its reply`)));
       if (signal) {
         aborted = () => reject(signal.reason);
@@ -193,7 +195,7 @@ class Connection {
     failure.catch(() => {});
     try {
       const reply = await Promise.race([this.arrival, failure]);
-      if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: it has no empty first frame');
+      if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: no empty first frame, or too few frames');
       return reply.slice(1);
     } finally {
       clearTimeout(timer);
@@ -201,7 +203,7 @@ class Connection {
     }
   }
 
-  /** Takes the request back if it has not begun, and waits until that has left. */
+  /** Cancels the request if it has not begun. Waits for the reply, which shows that mmi.cancel was sent. */
   async cancel() {
     let timer;
     await this.socket.send(['', CLIENT, 'mmi.cancel']);
@@ -210,12 +212,12 @@ class Connection {
   }
 
   close() {
-    clearTimeout(this.idle);
+    clearTimeout(this.idleTimer);
     this.socket.close();
   }
 }
 
-/** Asks services, any number of requests at once: each has a connection of its own. */
+/** Sends requests to services. Each concurrent request has its own connection. */
 class BackboneClient {
   constructor(host, port, { broker, encoding = 'utf8' } = {}) {
     this.host = host;
@@ -229,12 +231,12 @@ class BackboneClient {
     return this.endpoint;
   }
 
-  /** The promise of a connection. send makes one too, and waits for a broker that is not there yet. */
+  /** Resolves when the client is connected. This is optional: send connects as well. */
   async connect() {
     const connection = new Connection(this.endpoint);
     this._idle.push(connection);
     await connection.ready;
-    if (this._idle.includes(connection)) this._rest(connection);
+    if (this._idle.includes(connection)) this._release(connection);
     return this;
   }
 
@@ -243,41 +245,46 @@ class BackboneClient {
     return this;
   }
 
-  /** The promise of a service's reply. timeout is in milliseconds; 0 or less is none. */
+  /**
+   * Resolves to the reply of a service. Waits for a broker that is not running yet. timeout
+   * is in milliseconds; 0 or less means no timeout.
+   */
   async send(service, message, timeout, { signal } = {}) {
     timeout = timeout === undefined || timeout === null ? DEFAULT_TIMEOUT : Number(timeout);
     const request = new BackboneClientMessage(service, message, { encoding: this.encoding });
-    const connection = this._take();
+    const connection = this._acquire();
     try {
       const result = request.parseReply(await connection.ask(request.serialize(), timeout, signal));
-      this._rest(connection);
+      this._release(connection);
       return result;
     } catch (error) {
       if (error instanceof StatusError) {
-        this._rest(connection);
+        this._release(connection);
         throw error;
       }
       if (connection.connected && !connection.lost && !request.service.startsWith('mmi.')) {
         await connection.cancel().catch(() => {});
       }
-      connection.close(); // a late reply cannot be taken for the next one's
+      connection.close(); // so that a late reply is not taken for the reply to the next request
       throw error;
     }
   }
 
-  _take() {
+  /** Returns an idle connection, or a new one. */
+  _acquire() {
     for (;;) {
       const connection = this._idle.pop() || new Connection(this.endpoint);
-      clearTimeout(connection.idle);
+      clearTimeout(connection.idleTimer);
       if (!connection.lost) return connection;
       connection.close();
     }
   }
 
-  _rest(connection) {
+  /** Keeps a connection for the next request, and closes it after IDLE_PATIENCE. */
+  _release(connection) {
     if (!this._idle.includes(connection)) this._idle.push(connection);
-    clearTimeout(connection.idle);
-    connection.idle = setTimeout(() => {
+    clearTimeout(connection.idleTimer);
+    connection.idleTimer = setTimeout(() => {
       this._idle = this._idle.filter(other => other !== connection);
       connection.close();
     }, IDLE_PATIENCE);
@@ -285,10 +292,10 @@ class BackboneClient {
 }
 
 /**
- * Serves a name: on_request(message, reply) is called for one request at a time, and calls
- * reply with the answer, now or later; what it throws, or a promise that it returns, goes
- * to the client as a failure. A thread of its own keeps in touch with the broker, so that
- * on_request may take its time even where it does not return.
+ * Serves requests for a name. Calls on_request(message, reply) for one request at a time.
+ * on_request must call reply once, now or later. An exception in on_request, or the rejection
+ * of a promise that it returns, is sent to the client as a failure. on_request may block,
+ * because another thread sends the heartbeats.
  */
 class BackboneService {
   constructor(service, on_request, { host, port, broker, encoding = 'utf8', log } = {}) {
@@ -303,7 +310,7 @@ class BackboneService {
     return this.endpoint;
   }
 
-  /** Registers, as soon as a broker is there, and serves. */
+  /** Serves in the background. Registers as soon as the broker can be reached. */
   connect() {
     this._thread = new Worker(__filename, { workerData: { backboneService: this.service, endpoint: this.endpoint } });
     this._thread.on('message', ({ log, token, body }) => (log ? this.log(log) : this._serve(token, body)));
@@ -311,12 +318,13 @@ class BackboneService {
     return this;
   }
 
-  /** Takes no more requests, and takes its leave after the reply to the last. */
+  /** Accepts no more requests, and sends DISCONNECT after the reply to the current one. */
   disconnect() {
     this._thread.postMessage({ stop: true });
     return this._ended;
   }
 
+  /** Calls on_request for a request. token identifies the request to the thread. */
   async _serve(token, body) {
     const reply = message => this._thread.postMessage({ token, body: framesOf(message) });
     try {
@@ -328,26 +336,27 @@ class BackboneService {
   }
 }
 
-/** The thread of a BackboneService: registers again and again, until it is told to stop. */
-async function keepInTouch({ backboneService: service, endpoint }) {
+/** Runs the thread of a BackboneService. Registers again after each loss, until it is told to stop. */
+async function keepRegistered({ backboneService: service, endpoint }) {
   let session;
   let stopping = false;
   parentPort.on('message', ({ stop, token, body }) => {
     if (stop) stopping = true;
     if (session && token !== undefined) session.reply(token, body);
-    if (session && stop) session.settle();
+    if (session && stop) session.endIfIdle();
   });
   for (let number = 0; !stopping; number++) {
     session = new Session(service, endpoint, number, () => stopping);
     const why = await session.over;
     if (stopping) break;
-    parentPort.postMessage({ log: `${why}; connecting to ${endpoint} again` });
-    await new Promise(resolve => setTimeout(resolve, HEARTBEAT_INTERVAL / 2)); // one that turns us away is not to be hammered
+    parentPort.postMessage({ log: `${why}; reconnecting to ${endpoint}` });
+    // Limit the rate if the broker keeps rejecting the service.
+    await new Promise(resolve => setTimeout(resolve, HEARTBEAT_INTERVAL / 2));
   }
   parentPort.close();
 }
 
-/** One registration on a socket of its own, from READY to DISCONNECT. over tells why it ended. */
+/** One registration, from READY to DISCONNECT, on a new socket. over resolves to the reason why it ended. */
 class Session {
   constructor(service, endpoint, number, stopping) {
     Object.assign(this, { number, stopping, requests: 0, heard: Date.now() });
@@ -361,45 +370,45 @@ class Session {
   }
 
   send(...frames) {
-    // One at a time, as the socket wants it.
+    // zeromq allows only one send at a time.
     this.sent = this.sent.then(() => this.socket.send(['', WORKER, ...frames])).catch(() => {});
   }
 
   tick() {
     if (!this.why) this.send(HEARTBEAT);
-    // Some brokers send no heartbeats to a worker that is busy.
+    // Some brokers send no heartbeats to a busy worker.
     if (!this.address && Date.now() - this.heard > SILENCE) this.why = 'no heartbeat from the broker';
-    this.settle();
+    this.endIfIdle();
   }
 
   async receive() {
     for await (let frames of this.socket) {
       this.heard = Date.now();
-      if (frames[0].length === 0) frames = frames.slice(1); // which the original's broker may leave out
+      if (frames[0].length === 0) frames = frames.slice(1); // the broker of Dispatchr Backbone may omit it
       const [protocol, command, ...rest] = frames.map(String);
       if (protocol !== WORKER) continue;
-      if (command === DISCONNECT) this.why = 'the broker said DISCONNECT';
+      if (command === DISCONNECT) this.why = 'the broker sent DISCONNECT';
       const cut = rest.indexOf('');
       if (command === REQUEST && cut >= 0 && !this.address) {
         this.address = frames.slice(2, 2 + cut + 1);
         this.token = `${this.number}.${++this.requests}`;
         parentPort.postMessage({ token: this.token, body: frames.slice(2 + cut + 1) });
       }
-      this.settle();
+      this.endIfIdle();
     }
   }
 
-  /** Takes the first reply to the request in hand, and none that is another one's. */
+  /** Sends the first reply to the current request. Ignores any other reply. */
   reply(token, body) {
     if (!this.address || token !== this.token) return;
-    if (this.why) parentPort.postMessage({ log: `a reply is lost: ${this.why}` });
+    if (this.why) parentPort.postMessage({ log: `reply dropped: ${this.why}` });
     else this.send(REPLY, ...this.address, ...body);
     this.address = undefined;
-    this.settle();
+    this.endIfIdle();
   }
 
-  /** Ends it when that is due. It waits for its request nevertheless: one at a time. */
-  settle() {
+  /** Ends the session if it is over or stopping, but not before the current request has ended. */
+  endIfIdle() {
     if (this.address || this.ended || !(this.why || this.stopping())) return;
     this.ended = true;
     clearInterval(this.ticker);
@@ -414,7 +423,7 @@ class Session {
   }
 }
 
-/** Serves a command: runs it with its options and then the message as arguments. */
+/** Serves a command. Runs it with its options, followed by the frames of the request, as arguments. */
 class CmdService extends BackboneService {
   constructor(service, cmd, host, port, options = [], { broker, stdin = false, log } = {}) {
     super(service, (message, reply) => this._run(message, reply), { host, port, broker, log, encoding: null });
@@ -423,25 +432,26 @@ class CmdService extends BackboneService {
   }
 
   _run(message, reply) {
-    const given = this.stdin && message.length ? message.pop() : undefined;
+    const stdin = this.stdin && message.length ? message.pop() : undefined;
     const args = message.map(frame => decode(frame, 'utf8'));
     if (args.some(arg => typeof arg !== 'string')) {
-      throw new StatusError(126, '', 'an argument is not UTF-8, as Node.js needs it\n');
+      throw new StatusError(126, '', 'an argument is not UTF-8, which Node.js requires\n');
     }
     return new Promise((resolve, reject) => {
-      const refuse = error => reject(new StatusError(error.code === 'ENOENT' ? 127 : 126, '', `${error.message}\n`));
+      const fail = error => reject(new StatusError(error.code === 'ENOENT' ? 127 : 126, '', `${error.message}\n`));
       let child;
       try {
-        child = spawn(this.command[0], [...this.command.slice(1), ...args], { stdio: [given ? 'pipe' : 'ignore', 'pipe', 'pipe'] });
+        child = spawn(this.command[0], [...this.command.slice(1), ...args], { stdio: [stdin ? 'pipe' : 'ignore', 'pipe', 'pipe'] });
       } catch (error) {
-        refuse(error);
+        fail(error);
         return;
       }
       const stdout = [], stderr = [];
       child.stdout.on('data', chunk => stdout.push(chunk));
       child.stderr.on('data', chunk => stderr.push(chunk));
-      if (given) child.stdin.on('error', () => {}).end(given); // it need not read all
-      child.on('error', refuse);
+      // Ignore errors: the command may exit without reading all of its input.
+      if (stdin) child.stdin.on('error', () => {}).end(stdin);
+      child.on('error', fail);
       child.on('close', (code, signal) => {
         const status = signal ? 128 + os.constants.signals[signal] : code;
         if (status === 0) reply(Buffer.concat(stdout));
@@ -452,19 +462,22 @@ class CmdService extends BackboneService {
   }
 }
 
-// From here on: the program.
+// The command line.
 
 const USAGE = `usage: backbone.js request [FLAGS] NAME [ARG...]
        backbone.js service [FLAGS] NAME COMMAND [ARG...]
 
-As brequest and bservice, with these of their flags:
-  -t, --timeout DURATION    request: give up after so long; 0 waits for ever (30s)
+request works like brequest, and service like bservice, with these flags:
+  -t, --timeout DURATION    request: give up after this long; 0 waits forever (30s)
   -n, --no-input            request: do not read standard input
-  -0, --null                request: NUL bytes end lines, not newlines
-      --stdin               send, or take, standard input as one last argument
-      --host HOST, --port PORT, --broker ENDPOINT
-  -q, --quiet
-  -h, --help
+  -0, --null                request: use NUL bytes instead of newlines
+      --stdin               request: send standard input as one last argument
+                            service: use the last argument as standard input
+      --host HOST           host of the broker (127.0.0.1)
+      --port PORT           port of the broker (5555)
+      --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -q, --quiet               print errors only
+  -h, --help                print this help
 `;
 
 const TAKES_VALUE = ['--timeout', '--host', '--port', '--broker'];
@@ -476,7 +489,7 @@ const FLAGS = {
 
 class Misuse extends Error {}
 
-/** The flags, the name and what follows. Flags end at the first bare word after the name. */
+/** Returns the flags, the name and the rest. Flags end at -- or at the first argument after the name. */
 function parse(verb, words) {
   const flags = {};
   let name;
@@ -498,7 +511,7 @@ function parse(verb, words) {
     let [, flag, value] = /^([^=]*)(?:=([^]*))?$/.exec(word);
     flag = SHORT[flag] || flag;
     if (!FLAGS[verb].includes(flag)) {
-      throw new Misuse(`unknown flag ${word}\nhint: put -- before arguments that are not for us`);
+      throw new Misuse(`unknown flag ${word}\nhint: put -- before an argument that looks like a flag`);
     }
     if (TAKES_VALUE.includes(flag) && value === undefined) {
       if (!words.length) throw new Misuse(`${flag} needs a value`);
@@ -509,10 +522,10 @@ function parse(verb, words) {
   return { flags, name, rest: words };
 }
 
-/** Milliseconds. */
+/** Returns a duration in milliseconds. */
 function duration(text) {
   const match = /^(\d+\.?\d*|\.\d+)(h|m|s|ms|)$/.exec(text);
-  if (!match) throw new Misuse(`${JSON.stringify(text)} is no duration; try 5, 0.5 or 500ms`);
+  if (!match) throw new Misuse(`${JSON.stringify(text)} is not a duration such as 5, 0.5 or 500ms`);
   return match[1] * { h: 3600000, m: 60000, s: 1000, ms: 1, '': 1000 }[match[2]];
 }
 
@@ -569,7 +582,7 @@ async function main(verb, words) {
   let parsed = {};
   try {
     if (verb === '-h' || verb === '--help') return await write(USAGE), 0;
-    if (!FLAGS[verb]) throw new Misuse('request or service?\nhint: backbone.js --help');
+    if (!FLAGS[verb]) throw new Misuse('the first argument must be request or service\nhint: backbone.js --help');
     parsed = parse(verb, words);
     if ('--help' in parsed.flags) return await write(USAGE), 0;
     if (!parsed.name) throw new Misuse('no service name');
@@ -594,7 +607,7 @@ async function main(verb, words) {
 }
 
 if (workerData && workerData.backboneService !== undefined && parentPort) {
-  keepInTouch(workerData);
+  keepRegistered(workerData);
 } else if (require.main === module) {
   main(process.argv[2], process.argv.slice(3)).then(status => { process.exitCode = status; });
 }

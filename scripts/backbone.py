@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Clients and services for Backbone, in one file to copy. Needs pyzmq and nothing else.
+"""Clients and services for Backbone. Copy this one file; it requires only pyzmq.
 
     from backbone import BackboneClient, BackboneService
 
@@ -10,11 +10,12 @@
         reply(['hello'] + message)
     BackboneService('greet', on_request).start()
 
-They speak MDP/0.1 (RFC 7). A message is a str, bytes, or a list of them. What comes is a
-list of str for a service, and a str or, of several frames, a list for a client; a frame
-that is not UTF-8 stays bytes, and with encoding=None each one does.
+The protocol is MDP/0.1 (RFC 7). A message to send is a str, bytes, or a list of them. A
+service receives a list of str. A client receives a str if the reply has one frame, and a
+list of str otherwise. A frame that is not UTF-8 is bytes instead of str; with encoding=None,
+every frame is bytes.
 
-As a program: backbone.py request|service --help
+The file is also a program: backbone.py request|service --help
 """
 import asyncio
 import collections
@@ -35,38 +36,38 @@ from zmq.utils.monitor import recv_monitor_message
 CLIENT, WORKER = b'MDPC01', b'MDPW01'
 READY, REQUEST, REPLY, HEARTBEAT, DISCONNECT = b'\1', b'\2', b'\3', b'\4', b'\5'
 HEARTBEAT_INTERVAL = 1.0  # seconds, in both directions
-LIVENESS = 5              # heartbeats of silence after which the other side is gone
+LIVENESS = 5              # missed heartbeats after which the broker counts as lost
 DEFAULT_TIMEOUT = 3.0     # seconds
-CANCEL_PATIENCE = 0.5     # seconds, for brokers that know nothing of mmi.cancel
+CANCEL_PATIENCE = 0.5     # seconds to wait for the reply to mmi.cancel, which some brokers do not support
 
 
 class BackboneError(Exception):
-    """A request without success. Its status is the exit status that brequest would have."""
+    """A request failed. status is the exit status that brequest would have."""
     status = 1
 
 
 class RequestTimeout(BackboneError):
-    """No reply came in time."""
+    """No reply arrived within the timeout."""
     status = 124
 
 
 class NoBroker(RequestTimeout):
-    """No broker was there in time."""
+    """No broker could be reached within the timeout."""
     status = 69
 
 
 class ConnectionLost(BackboneError):
-    """The connection to the broker broke before the reply."""
+    """The connection to the broker was lost before the reply."""
     status = 69
 
 
 class ProtocolError(BackboneError):
-    """What came is no reply."""
+    """The broker sent an invalid reply."""
     status = 76
 
 
 class StatusError(BackboneError):
-    """The service failed. Raised by on_request it is what the client gets."""
+    """The service failed. Raise it in on_request to send this failure to the client."""
 
     def __init__(self, status, stdout=b'', stderr=b''):
         self.status, self.stdout, self.stderr = status, stdout, stderr
@@ -84,7 +85,7 @@ def _text(frame):
 
 
 def _frames(message):
-    """The frames of a message: nothing, one frame, or a list of them."""
+    """Returns the frames of a message, which is None, one frame, or a list of frames."""
     if message is None:
         return []
     return [_bytes(frame) for frame in (message if isinstance(message, (list, tuple)) else [message])]
@@ -108,7 +109,7 @@ def _endpoint(host, port, broker):
 
 
 def _identity(tool):
-    """Printable, telling a person who it is, and never used twice."""
+    """Returns a unique, printable identity that names the tool, the host and the process."""
     return ('%s.%s.%d.%s' % (tool, sockets.gethostname()[:200], os.getpid(), os.urandom(4).hex())).encode()
 
 
@@ -122,7 +123,7 @@ def _dealer(endpoint, tool):
 
 
 class BackboneClientMessage:
-    """A request and the reply to it, as they are on a REQ socket."""
+    """A request and its reply, as the frames that a REQ socket sends and receives."""
 
     def __init__(self, service, message=None, encoding='utf-8'):
         self.service, self.message, self.encoding = service, message, encoding
@@ -132,9 +133,9 @@ class BackboneClientMessage:
         return [CLIENT, _bytes(self.service)] + _frames(self.message)
 
     def parse_reply(self, raw, simplify_short_reply=True):
-        """Returns the frames of the reply, or the one that there is.
+        """Returns the frames of the reply; by default, a single frame without a list.
 
-        A status reply of failure is raised as a StatusError.
+        Raises a StatusError if the reply reports a failure.
         """
         if len(raw) < 2 or raw[0] != CLIENT or raw[1] != _bytes(self.service):
             raise ProtocolError('bad reply: %r' % (list(raw[:4]),))
@@ -156,7 +157,7 @@ class BackboneClientMessage:
 
 
 def _status(body):
-    """The StatusError that a status reply stands for, or None for data."""
+    """Returns the status reply in body as a StatusError, or None if body is data."""
     if len(body) == 2 and body[0] == b'Error':
         return StatusError(1, b'', body[1] + b'\n')
     if len(body) == 3 and body[2].startswith(b'exit status '):
@@ -167,18 +168,19 @@ def _status(body):
 
 
 class _Connection:
-    """A socket for one request at a time, and what becomes of its connection."""
+    """A socket for one request at a time, and the state of its connection."""
 
     def __init__(self, endpoint):
         self.socket = _dealer(endpoint, 'brequest')
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        # It is also closed when nobody has it any more: the garbage collector would close
-        # the monitor before what it monitors.
+        # finalize also closes the sockets when self is garbage collected. Without it, the
+        # collector would close the monitor before the socket that it monitors.
         self.close = weakref.finalize(self, self._close, self.socket, self.monitor)
         self.connected = self.lost = False
         self.socket.connect(endpoint)
 
-    def look(self):
+    def update(self):
+        """Updates connected and lost from the events of the monitor."""
         while self.monitor.poll(0):
             if recv_monitor_message(self.monitor)['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected = True
@@ -187,16 +189,16 @@ class _Connection:
 
     @staticmethod
     def _close(socket, monitor):
-        socket.disable_monitor()  # first: else ZeroMQ waits for it for ever
+        socket.disable_monitor()  # first: otherwise ZeroMQ waits for the monitor forever
         monitor.close(0)
         socket.close(0)
 
 
 class BackboneClient:
-    """Asks services. Requests from several threads at once have a connection each."""
+    """Sends requests to services. Each concurrent request has its own connection."""
 
     def __init__(self, *address, host=None, port=None, broker=None, encoding='utf-8'):
-        # (host, port), or with a name before them, as one README of the original has it.
+        # (host, port), or (name, host, port) as in a README of Dispatchr Backbone.
         given = ([None, None] + list(address))[-2:] if len(address) > 2 else (list(address) + [None, None])[:2]
         self.host, self.port = given[0] or host, given[1] or port
         self.endpoint = _endpoint(self.host, self.port, broker)
@@ -209,7 +211,7 @@ class BackboneClient:
     getEndpoint = get_endpoint
 
     def connect(self):
-        """Begins to connect. send does so too, and waits for a broker that is not there yet."""
+        """Starts to connect, and returns at once. This is optional: send connects as well."""
         self._idle.append(_Connection(self.endpoint))
         return self
 
@@ -224,54 +226,57 @@ class BackboneClient:
     def __exit__(self, *_):
         self.disconnect()
 
-    def _take(self):
+    def _acquire(self):
+        """Returns an idle connection, or a new one."""
         while self._idle:
             connection = self._idle.pop()
-            connection.look()
+            connection.update()
             if not connection.lost:
                 return connection
             connection.close()
         return _Connection(self.endpoint)
 
     def send(self, service, message=None, timeout=None, on_message=None):
-        """Returns the reply of a service. timeout is in seconds, 0 for none.
+        """Returns the reply of a service. Waits for a broker that is not running yet.
 
-        With on_message, which may stand in the place of timeout, it returns at once, and
-        on_message gets the reply, or the exception, in a thread of its own.
+        timeout is in seconds; 0 means no timeout.
+
+        With on_message, send returns at once. A new thread calls on_message with the reply
+        or the BackboneError. on_message may also be given in place of timeout.
         """
         if callable(timeout):
             timeout, on_message = None, timeout
         if on_message:
-            def ask():
+            def send_and_report():
                 try:
                     reply = self.send(service, message, timeout)
                 except BackboneError as error:
                     reply = error
                 on_message(reply)
-            threading.Thread(target=ask).start()
+            threading.Thread(target=send_and_report).start()
             return None
         try:
-            self._ask(service, message, timeout).send(None)  # to its end, since _poll blocks
+            self._ask(service, message, timeout).send(None)  # runs to the end, because _poll blocks
         except StopIteration as end:
             return end.value
 
-    async def _poll(self, waits, patience):
-        """What of the sockets is readable, within so many milliseconds."""
-        return dict(_poller(waits).poll(patience))
+    async def _poll(self, waits, milliseconds):
+        """Waits until a socket is readable or the time is over. Returns the readable sockets."""
+        return dict(_poller(waits).poll(milliseconds))
 
     async def _ask(self, service, message, timeout):
         request = BackboneClientMessage(service, message, self.encoding)
         timeout = DEFAULT_TIMEOUT if timeout is None else max(0, timeout)
         end = time.monotonic() + timeout if timeout else None
-        connection = self._take()
+        connection = self._acquire()
         socket, monitor = connection.socket, connection.monitor
         try:
             socket.send_multipart([b''] + request.serialize())
             while True:
                 left = None if end is None else max(0, end - time.monotonic())
                 ready = await self._poll([socket, monitor], None if left is None else left * 1000 + 1)
-                connection.look()
-                # The last words of a broker that stops come before the end of its connection.
+                connection.update()
+                # A broker that stops may send a reply just before it closes the connection.
                 if socket in ready or connection.lost and socket.poll(0):
                     reply = socket.recv_multipart()
                     result = request.parse_reply(reply[1:] if reply[0] == b'' else [])
@@ -287,10 +292,10 @@ class BackboneClient:
             raise
         except BaseException:
             if connection.connected and not connection.lost and not _bytes(service).startswith(b'mmi.'):
-                # It is taken back if it has not begun; the answer tells that this has left.
+                # Cancel the request if it has not begun. The reply shows that mmi.cancel was sent.
                 socket.send_multipart([b'', CLIENT, b'mmi.cancel'])
                 await self._poll([socket], CANCEL_PATIENCE * 1000)
-            # A late reply cannot be taken for the next one's.
+            # Close it, so that a late reply is not taken for the reply to the next request.
             connection.close()
             raise
         self._idle.append(connection)
@@ -305,19 +310,19 @@ def _poller(waits):
 
 
 class AsyncBackboneClient(BackboneClient):
-    """The same for asyncio: send is awaited, any number of them at once."""
+    """A BackboneClient for asyncio. Any number of sends may be awaited concurrently."""
 
     async def send(self, service, message=None, timeout=None):
         return await self._ask(service, message, timeout)
 
-    async def _poll(self, waits, patience):
+    async def _poll(self, waits, milliseconds):
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
-        end = None if patience is None else time.monotonic() + patience / 1000
+        end = None if milliseconds is None else time.monotonic() + milliseconds / 1000
         for socket in waits:
             loop.add_reader(socket.fd, woken.set)
         try:
             while True:
-                # The descriptors tell only that there is news, which is to be asked for then.
+                # A descriptor only reports a change of state. Poll to find out which socket is readable.
                 woken.clear()
                 ready = dict(_poller(waits).poll(0))
                 left = None if end is None else end - time.monotonic()
@@ -333,9 +338,12 @@ class AsyncBackboneClient(BackboneClient):
 
 
 class BackboneService:
-    """Serves a name: on_request(message, reply) is called for one request at a time, in a
-    thread that is not the one which keeps in touch with the broker. It calls reply with
-    the answer, now or later; what it raises goes to the client as a failure."""
+    """Serves requests for a name.
+
+    Calls on_request(message, reply) for one request at a time. on_request must call reply
+    once, now or later. An exception in on_request is sent to the client as a failure.
+    on_request may block, because another thread sends the heartbeats.
+    """
 
     def __init__(self, service, on_request, host=None, port=None, broker=None, encoding='utf-8', log=None):
         if isinstance(host, dict):
@@ -344,7 +352,7 @@ class BackboneService:
         self.endpoint = _endpoint(host, port, broker)
         self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
         self._requests, self._replies = queue.Queue(), queue.Queue()
-        self._woken, self._wake = sockets.socketpair()
+        self._wake_receiver, self._wake_sender = sockets.socketpair()
         self._stopping = False
         self._threads = []
 
@@ -354,32 +362,34 @@ class BackboneService:
     getEndpoint = get_endpoint
 
     def connect(self):
-        """Registers, as soon as a broker is there, and serves in the background."""
+        """Serves in background threads. Registers as soon as the broker can be reached."""
         self._stopping = False
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_in_touch, self._work)]
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_registered, self._work)]
         for thread in self._threads:
             thread.start()
         return self
 
     def start(self):
-        """Serves until disconnect is called, from a signal handler perhaps."""
+        """Serves until disconnect is called, for example by a signal handler."""
         self.connect()
         while self._threads[0].is_alive():
-            self._threads[0].join(1)  # so that signals are handled
+            self._threads[0].join(1)  # with a timeout, so that signals are handled
 
     def disconnect(self):
-        """Takes no more requests, and takes its leave after the reply to the last."""
+        """Accepts no more requests, and sends DISCONNECT after the reply to the current one."""
         self._stopping = True
-        self._ring()
+        self._notify()
 
-    def _ring(self):
-        self._wake.send(b'.')
+    def _notify(self):
+        """Wakes the thread that owns the socket."""
+        self._wake_sender.send(b'.')
 
     def _work(self):
+        """Calls on_request for each request."""
         for address, body in iter(self._requests.get, None):
             def reply(message, address=address):
                 self._replies.put((address, _frames(message)))
-                self._ring()
+                self._notify()
             try:
                 result = self.on_request([_decode(frame, self.encoding) for frame in body], reply)
                 if inspect.iscoroutine(result):
@@ -389,78 +399,81 @@ class BackboneService:
             except Exception as error:
                 reply([b'', '%s: %s\n' % (type(error).__name__, error), 'exit status 1'])
 
-    def _keep_in_touch(self):
+    def _keep_registered(self):
+        """Registers with the broker, again after each loss, until disconnect is called."""
         while not self._stopping:
             why = self._serve()
             if not self._stopping:
-                self.log('%s; connecting to %s again' % (why, self.endpoint))
-                time.sleep(HEARTBEAT_INTERVAL / 2)  # one that turns us away is not to be hammered
+                self.log('%s; reconnecting to %s' % (why, self.endpoint))
+                # Limit the rate if the broker keeps rejecting the service.
+                time.sleep(HEARTBEAT_INTERVAL / 2)
         self._requests.put(None)
 
     def _serve(self):
-        """One registration on a socket of its own, from READY to DISCONNECT. Returns why it ended."""
+        """Runs one registration, from READY to DISCONNECT, on a new socket. Returns why it ended."""
         socket = _dealer(self.endpoint, 'bservice')
         socket.connect(self.endpoint)
         send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
-        poller = _poller([socket, self._woken.fileno()])
-        hand = None  # the address of the request in hand
+        poller = _poller([socket, self._wake_receiver.fileno()])
+        current = None  # the address of the request in progress
         why, heard, due = None, time.monotonic(), 0
         send(READY, _bytes(self.service))
         try:
-            # A session that is over waits for its request nevertheless: one at a time.
-            while hand or not (why or self._stopping):
+            # Wait for the current request even if the session is over: only one runs at a time.
+            while current or not (why or self._stopping):
                 ready = dict(poller.poll(max(0, due - time.monotonic()) * 1000 + 1))
                 now = time.monotonic()
-                if self._woken.fileno() in ready:
-                    self._woken.recv(4096)
+                if self._wake_receiver.fileno() in ready:
+                    self._wake_receiver.recv(4096)
                 if socket in ready:
                     heard = now
                     kind, rest = _command(socket.recv_multipart())
                     if kind == DISCONNECT:
-                        why = 'the broker said DISCONNECT'
-                    elif kind == REQUEST and b'' in rest and not hand:
+                        why = 'the broker sent DISCONNECT'
+                    elif kind == REQUEST and b'' in rest and not current:
                         cut = rest.index(b'') + 1
-                        hand, body = rest[:cut], rest[cut:]
-                        self._requests.put((hand, body))
+                        current, body = rest[:cut], rest[cut:]
+                        self._requests.put((current, body))
                 while not self._replies.empty():
                     address, body = self._replies.get()
-                    if address is hand:  # and no second reply, nor one of an earlier registration
-                        hand = None
+                    if address is current:  # not a second reply, or one for an earlier registration
+                        current = None
                         if why:
-                            self.log('a reply is lost: ' + why)
+                            self.log('reply dropped: ' + why)
                         else:
                             send(REPLY, *address, *body)
                 if now >= due:
                     due = now + HEARTBEAT_INTERVAL
                     if not why:
                         send(HEARTBEAT)
-                # Some brokers send no heartbeats to a worker that is busy.
-                if not hand and now - heard > LIVENESS * HEARTBEAT_INTERVAL:
+                # Some brokers send no heartbeats to a busy worker.
+                if not current and now - heard > LIVENESS * HEARTBEAT_INTERVAL:
                     why = 'no heartbeat from the broker'
             if not why:
                 send(DISCONNECT)
                 socket.linger = 1000
         except zmq.Again:
-            why = 'the broker takes no messages'
+            why = 'the broker does not accept messages'
         finally:
             socket.close()
         return why
 
 
 def _command(frames):
-    """The command of a worker's message and what follows it, or None."""
-    frames = frames[1:] if frames and frames[0] == b'' else frames  # which the original may leave out
+    """Returns the command of a message to a worker and the frames after it, or (None, [])."""
+    # Dispatchr Backbone may omit the empty first frame.
+    frames = frames[1:] if frames and frames[0] == b'' else frames
     if len(frames) < 2 or frames[0] != WORKER:
         return None, []
     return frames[1], frames[2:]
 
 
 class Service(BackboneService):
-    """The name of the original's first README."""
+    """BackboneService under the name that the first README of Dispatchr Backbone uses."""
 
 
 class IOLoop:
-    """What the original's callbacks came from. Ours come from threads, so it only waits."""
+    """Stands in for the event loop of Dispatchr Backbone. Threads run the callbacks; start only waits."""
 
     @classmethod
     def instance(cls):
@@ -471,7 +484,7 @@ class IOLoop:
 
 
 class CmdService(BackboneService):
-    """Serves a command: runs it with its options and then the message as arguments."""
+    """Serves a command. Runs it with its options, followed by the frames of the request, as arguments."""
 
     def __init__(self, service, cmd, host=None, port=None, options=(), stdin=False, broker=None):
         self.command = ([cmd] if isinstance(cmd, str) else list(cmd)) + list(options)
@@ -479,9 +492,9 @@ class CmdService(BackboneService):
         super().__init__(service, self._run, host, port, broker, encoding=None)
 
     def _run(self, message, reply):
-        given = message.pop() if self.stdin and message else b''
+        stdin = message.pop() if self.stdin and message else b''
         try:
-            done = subprocess.run(self.command + message, input=given, capture_output=True)
+            done = subprocess.run(self.command + message, input=stdin, capture_output=True)
         except FileNotFoundError as error:
             raise StatusError(127, b'', '%s\n' % error)
         except (OSError, ValueError) as error:
@@ -492,19 +505,22 @@ class CmdService(BackboneService):
         reply(done.stdout)
 
 
-# From here on: the program.
+# The command line.
 
 USAGE = """usage: backbone.py request [FLAGS] NAME [ARG...]
        backbone.py service [FLAGS] NAME COMMAND [ARG...]
 
-As brequest and bservice, with these of their flags:
-  -t, --timeout DURATION    request: give up after so long; 0 waits for ever (30s)
+request works like brequest, and service like bservice, with these flags:
+  -t, --timeout DURATION    request: give up after this long; 0 waits forever (30s)
   -n, --no-input            request: do not read standard input
-  -0, --null                request: NUL bytes end lines, not newlines
-      --stdin               send, or take, standard input as one last argument
-      --host HOST, --port PORT, --broker ENDPOINT
-  -q, --quiet
-  -h, --help
+  -0, --null                request: use NUL bytes instead of newlines
+      --stdin               request: send standard input as one last argument
+                            service: use the last argument as standard input
+      --host HOST           host of the broker (127.0.0.1)
+      --port PORT           port of the broker (5555)
+      --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -q, --quiet               print errors only
+  -h, --help                print this help
 """
 
 TAKES_VALUE = {'--timeout', '--host', '--port', '--broker'}
@@ -520,7 +536,10 @@ class Misuse(Exception):
 
 
 def parse(verb, words):
-    """The flags, the name and what follows. Flags end at the first bare word after the name."""
+    """Returns the flags, the name and the rest.
+
+    Flags end at -- or at the first argument after the name.
+    """
     flags, name, words = {}, None, collections.deque(words)
     while words:
         word = words.popleft()
@@ -536,7 +555,7 @@ def parse(verb, words):
         flag, equals, value = word.partition('=')
         flag = SHORT.get(flag, flag)
         if flag not in FLAGS[verb]:
-            raise Misuse('unknown flag %s\nhint: put -- before arguments that are not for us' % word)
+            raise Misuse('unknown flag %s\nhint: put -- before an argument that looks like a flag' % word)
         if flag in TAKES_VALUE and not equals:
             if not words:
                 raise Misuse('%s needs a value' % flag)
@@ -546,6 +565,7 @@ def parse(verb, words):
 
 
 def duration(text):
+    """Returns a duration in seconds."""
     units = {'h': 3600, 'm': 60, 's': 1, 'ms': 0.001, '': 1}
     number = text.rstrip('hms')
     try:
@@ -554,7 +574,7 @@ def duration(text):
             return seconds
     except (ValueError, KeyError):
         pass
-    raise Misuse('%r is no duration; try 5, 0.5 or 500ms' % text)
+    raise Misuse('%r is not a duration such as 5, 0.5 or 500ms' % text)
 
 
 def request(flags, name, args):
@@ -595,7 +615,7 @@ def main(argv):
             sys.stdout.write(USAGE)
             return 0
         if verb not in FLAGS:
-            raise Misuse('request or service?\nhint: backbone.py --help')
+            raise Misuse('the first argument must be request or service\nhint: backbone.py --help')
         flags, name, rest = parse(verb, words)
         if '--help' in flags:
             sys.stdout.write(USAGE)

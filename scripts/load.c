@@ -1,17 +1,17 @@
-/* The load that scripts/bench puts on a broker: clients and workers of MDP/0.1 with as
- * little in them as there can be, so that what is measured is the broker.
+/* Load generator for scripts/bench: MDP/0.1 clients and workers that do as little work as
+ * possible, so that the broker dominates the measurement.
  *
- *	load workers  ENDPOINT SERVICE N     N workers that reply with what they are sent
- *	load echo     ENDPOINT N             the same behind zmq_proxy
- *	load bound    ENDPOINT               the same without anything between: the ceiling
- *	load proxy    ENDPOINT BACKEND       zmq_proxy from clients to such workers
- *	load pipeline ENDPOINT SERVICE N W   N requests, W of them at a time; prints the seconds
- *	load sync     ENDPOINT SERVICE N     N requests one by one; prints the median in seconds
- *	load clients  ENDPOINT N             N clients that ask once and stay
- *	load waiting  ENDPOINT SERVICE N     N requests of 100 bytes that nobody serves, and stays
- *	load services ENDPOINT NAME N        N workers of a service each, NAME0 and so on, that do nothing
+ *	load workers  ENDPOINT SERVICE N     run N workers that echo each request
+ *	load echo     ENDPOINT N             run N echo sockets behind zmq_proxy
+ *	load bound    ENDPOINT               bind one echo socket to ENDPOINT: the upper bound
+ *	load proxy    ENDPOINT BACKEND       run zmq_proxy between clients and echo sockets
+ *	load pipeline ENDPOINT SERVICE N W   send N requests, up to W in flight; print the time in seconds
+ *	load sync     ENDPOINT SERVICE N     send N requests, one at a time; print the median time in seconds
+ *	load clients  ENDPOINT N             connect N clients, each of which sends one request
+ *	load waiting  ENDPOINT SERVICE N     send N requests of 100 bytes to a service without workers
+ *	load services ENDPOINT NAME N        register N idle workers, for the services NAME0, NAME1, ...
  *
- * What stays prints "ready" once it is, and stops with SIGTERM.
+ * All modes except pipeline and sync print "ready" after setup and run until SIGTERM.
  */
 #include <assert.h>
 #include <stdio.h>
@@ -20,7 +20,7 @@
 #include <time.h>
 #include <zmq.h>
 
-enum { MOST = 16 }; /* frames in a message */
+enum { MAX_FRAMES = 16 }; /* in a message */
 
 static const char client_protocol[] = "MDPC01", worker_protocol[] = "MDPW01";
 static const char READY = 1, REQUEST = 2, REPLY = 3, HEARTBEAT = 4;
@@ -44,16 +44,17 @@ static double now(void)
 	return t.tv_sec + t.tv_nsec / 1e9;
 }
 
-/* open_socket makes a socket that drops nothing, and that no lost message hangs. */
+/* open_socket returns a socket that drops no messages. Its receive timeout of 30 seconds
+ * prevents a hang if a message is lost. */
 static void *open_socket(int kind)
 {
 	void *socket = zmq_socket(context, kind);
-	int none = 0, patience = 30000;
+	int none = 0, timeout = 30000;
 	check(socket != NULL, "zmq_socket");
 	CHECK(zmq_setsockopt(socket, ZMQ_SNDHWM, &none, sizeof none));
 	CHECK(zmq_setsockopt(socket, ZMQ_RCVHWM, &none, sizeof none));
 	CHECK(zmq_setsockopt(socket, ZMQ_LINGER, &none, sizeof none));
-	CHECK(zmq_setsockopt(socket, ZMQ_RCVTIMEO, &patience, sizeof patience));
+	CHECK(zmq_setsockopt(socket, ZMQ_RCVTIMEO, &timeout, sizeof timeout));
 	return socket;
 }
 
@@ -64,17 +65,18 @@ static void *dealer(const char *endpoint)
 	return socket;
 }
 
-static void put(void *socket, const void *data, size_t length, int more)
+static void send_frame(void *socket, const void *data, size_t length, int more)
 {
 	CHECK(zmq_send(socket, data, length, more ? ZMQ_SNDMORE : 0));
 }
 
-/* take receives a message and returns how many frames it has, or 0 when there is none. */
-static int take(void *socket, zmq_msg_t *frames, int flags)
+/* receive reads a message and returns its number of frames. With ZMQ_DONTWAIT, it returns 0
+ * if there is no message. */
+static int receive(void *socket, zmq_msg_t *frames, int flags)
 {
 	int n = 0;
 	do {
-		assert(n < MOST);
+		assert(n < MAX_FRAMES);
 		zmq_msg_init(&frames[n]);
 		if (zmq_msg_recv(&frames[n], socket, flags) == -1) {
 			check(flags == ZMQ_DONTWAIT && zmq_errno() == EAGAIN && n == 0, "zmq_msg_recv");
@@ -84,41 +86,41 @@ static int take(void *socket, zmq_msg_t *frames, int flags)
 	return n;
 }
 
-static int is(zmq_msg_t *frame, const void *data, size_t length)
+static int frame_equals(zmq_msg_t *frame, const void *data, size_t length)
 {
 	return zmq_msg_size(frame) == length && memcmp(zmq_msg_data(frame), data, length) == 0;
 }
 
-static void drop(zmq_msg_t *frames, int n)
+static void close_frames(zmq_msg_t *frames, int n)
 {
 	while (n-- > 0)
 		zmq_msg_close(&frames[n]);
 }
 
-static void ask(void *socket, const char *service, size_t length)
+static void send_request(void *socket, const char *service, size_t length)
 {
-	put(socket, "", 0, 1);
-	put(socket, client_protocol, 6, 1);
-	put(socket, service, strlen(service), 1);
-	put(socket, payload, length, 0);
+	send_frame(socket, "", 0, 1);
+	send_frame(socket, client_protocol, 6, 1);
+	send_frame(socket, service, strlen(service), 1);
+	send_frame(socket, payload, length, 0);
 }
 
-/* answered takes one reply of a broker. */
-static int answered(void *socket, int flags)
+/* receive_reply reads a reply and returns 1. With ZMQ_DONTWAIT, it returns 0 if there is none. */
+static int receive_reply(void *socket, int flags)
 {
-	zmq_msg_t frames[MOST];
-	int n = take(socket, frames, flags);
+	zmq_msg_t frames[MAX_FRAMES];
+	int n = receive(socket, frames, flags);
 	if (n == 0)
 		return 0;
-	if (n != 4 || !is(&frames[1], client_protocol, 6)) {
-		fprintf(stderr, "load: no reply of a service, but %d frames\n", n);
+	if (n != 4 || !frame_equals(&frames[1], client_protocol, 6)) {
+		fprintf(stderr, "load: unexpected reply of %d frames\n", n);
 		exit(1);
 	}
-	drop(frames, n);
+	close_frames(frames, n);
 	return 1;
 }
 
-static void ready(void)
+static void print_ready(void)
 {
 	puts("ready");
 	fflush(stdout);
@@ -126,29 +128,29 @@ static void ready(void)
 
 static void register_worker(void *socket, const char *service)
 {
-	put(socket, "", 0, 1);
-	put(socket, worker_protocol, 6, 1);
-	put(socket, &READY, 1, 1);
-	put(socket, service, strlen(service), 0);
+	send_frame(socket, "", 0, 1);
+	send_frame(socket, worker_protocol, 6, 1);
+	send_frame(socket, &READY, 1, 1);
+	send_frame(socket, service, strlen(service), 0);
 }
 
-static void beat(void *socket)
+static void send_heartbeat(void *socket)
 {
-	put(socket, "", 0, 1);
-	put(socket, worker_protocol, 6, 1);
-	put(socket, &HEARTBEAT, 1, 0);
+	send_frame(socket, "", 0, 1);
+	send_frame(socket, worker_protocol, 6, 1);
+	send_frame(socket, &HEARTBEAT, 1, 0);
 }
 
-/* echo sends back what came, as the REPLY to it where it is a worker's. */
+/* echo sends each received message back. For a worker, it turns the REQUEST into a REPLY. */
 static void echo(void *socket, int worker)
 {
-	zmq_msg_t frames[MOST];
+	zmq_msg_t frames[MAX_FRAMES];
 	int n;
-	while ((n = take(socket, frames, ZMQ_DONTWAIT)) > 0) {
-		if (worker && is(&frames[2], &REQUEST, 1))
+	while ((n = receive(socket, frames, ZMQ_DONTWAIT)) > 0) {
+		if (worker && frame_equals(&frames[2], &REQUEST, 1))
 			*(char *)zmq_msg_data(&frames[2]) = REPLY;
 		else if (worker) {
-			drop(frames, n); /* a heartbeat */
+			close_frames(frames, n); /* a heartbeat */
 			continue;
 		}
 		for (int i = 0; i < n; i++)
@@ -156,7 +158,7 @@ static void echo(void *socket, int worker)
 	}
 }
 
-/* serve is the loop of so many sockets, with a heartbeat a second where they are workers. */
+/* serve echoes on n sockets forever. For workers, it sends a heartbeat per second on each. */
 static void serve(void **sockets, int n, int workers)
 {
 	zmq_pollitem_t *items = calloc(n, sizeof *items);
@@ -173,7 +175,7 @@ static void serve(void **sockets, int n, int workers)
 		if (workers && now() >= due) {
 			due = now() + 1;
 			for (int i = 0; i < n; i++)
-				beat(sockets[i]);
+				send_heartbeat(sockets[i]);
 		}
 	}
 }
@@ -186,7 +188,8 @@ static int by_value(const void *a, const void *b)
 
 int main(int argc, char **argv)
 {
-	const char *what = argc > 2 ? argv[1] : "", *endpoint = argv[2];
+	const char *mode = argc > 2 ? argv[1] : "", *endpoint = argv[2];
+	/* The last argument is N; for pipeline, N is before it and the last argument is W. */
 	long last = argc > 3 ? atol(argv[argc - 1]) : 0, n = argc > 4 ? atol(argv[4]) : last;
 	void **sockets = calloc(last + 1, sizeof *sockets);
 
@@ -194,77 +197,78 @@ int main(int argc, char **argv)
 	context = zmq_ctx_new();
 	CHECK(zmq_ctx_set(context, ZMQ_MAX_SOCKETS, 20000));
 
-	if (!strcmp(what, "workers") && argc == 5) {
+	if (!strcmp(mode, "workers") && argc == 5) {
 		for (int i = 0; i < n; i++)
 			register_worker(sockets[i] = dealer(endpoint), argv[3]);
-		ready();
+		print_ready();
 		serve(sockets, n, 1);
-	} else if (!strcmp(what, "services") && argc == 5) {
+	} else if (!strcmp(mode, "services") && argc == 5) {
 		for (int i = 0; i < n; i++) {
 			char name[100];
 			snprintf(name, sizeof name, "%s%d", argv[3], i);
 			register_worker(sockets[i] = dealer(endpoint), name);
 		}
-		ready();
+		print_ready();
 		zmq_poll(NULL, 0, -1);
-	} else if (!strcmp(what, "echo") && argc == 4) {
+	} else if (!strcmp(mode, "echo") && argc == 4) {
 		for (int i = 0; i < n; i++)
 			sockets[i] = dealer(endpoint);
-		ready();
+		print_ready();
 		serve(sockets, n, 0);
-	} else if (!strcmp(what, "bound") && argc == 3) {
+	} else if (!strcmp(mode, "bound") && argc == 3) {
 		sockets[0] = open_socket(ZMQ_DEALER);
 		CHECK(zmq_bind(sockets[0], endpoint));
-		ready();
+		print_ready();
 		serve(sockets, 1, 0);
-	} else if (!strcmp(what, "proxy") && argc == 4) {
+	} else if (!strcmp(mode, "proxy") && argc == 4) {
 		void *front = open_socket(ZMQ_ROUTER), *back = open_socket(ZMQ_DEALER);
 		CHECK(zmq_bind(front, endpoint));
 		CHECK(zmq_bind(back, argv[3]));
-		ready();
+		print_ready();
 		zmq_proxy(front, back, NULL);
-	} else if (!strcmp(what, "pipeline") && argc == 6) {
+	} else if (!strcmp(mode, "pipeline") && argc == 6) {
 		void *socket = dealer(endpoint);
 		double begin;
-		ask(socket, argv[3], sizeof payload); /* the connection is no part of it */
-		answered(socket, 0);
+		send_request(socket, argv[3], sizeof payload); /* connects before the measurement begins */
+		receive_reply(socket, 0);
 		begin = now();
 		for (long sent = 0, done = 0; done < n;) {
 			for (; sent < n && sent - done < last; sent++)
-				ask(socket, argv[3], sizeof payload);
-			done += answered(socket, 0);
-			while (done < sent && answered(socket, ZMQ_DONTWAIT))
+				send_request(socket, argv[3], sizeof payload);
+			done += receive_reply(socket, 0);
+			while (done < sent && receive_reply(socket, ZMQ_DONTWAIT))
 				done++;
 		}
 		printf("%.6f\n", now() - begin);
-	} else if (!strcmp(what, "sync") && argc == 5) {
+	} else if (!strcmp(mode, "sync") && argc == 5) {
 		void *socket = dealer(endpoint);
 		double *times = calloc(n + 1, sizeof *times);
 		for (long i = 0; i <= n; i++) {
 			double begin = now();
-			ask(socket, argv[3], sizeof payload);
-			answered(socket, 0);
+			send_request(socket, argv[3], sizeof payload);
+			receive_reply(socket, 0);
 			times[i] = now() - begin;
 		}
-		qsort(times + 1, n, sizeof *times, by_value); /* without the first, which connects */
+		qsort(times + 1, n, sizeof *times, by_value); /* excludes the first request, which connects */
 		printf("%.9f\n", times[1 + n / 2]);
-	} else if (!strcmp(what, "clients") && argc == 4) {
+	} else if (!strcmp(mode, "clients") && argc == 4) {
 		for (int i = 0; i < n; i++)
-			ask(sockets[i] = dealer(endpoint), "mmi.service", sizeof payload);
+			send_request(sockets[i] = dealer(endpoint), "mmi.service", sizeof payload);
 		for (int i = 0; i < n; i++)
-			answered(sockets[i], 0);
-		ready();
+			receive_reply(sockets[i], 0);
+		print_ready();
 		zmq_poll(NULL, 0, -1);
-	} else if (!strcmp(what, "waiting") && argc == 5) {
+	} else if (!strcmp(mode, "waiting") && argc == 5) {
 		void *socket = dealer(endpoint);
 		for (long i = 0; i < n; i++)
-			ask(socket, argv[3], sizeof payload);
-		ask(socket, "mmi.service", sizeof payload); /* its reply tells that all have come */
-		answered(socket, 0);
-		ready();
+			send_request(socket, argv[3], sizeof payload);
+		/* The reply to this request shows that the broker has received all the others. */
+		send_request(socket, "mmi.service", sizeof payload);
+		receive_reply(socket, 0);
+		print_ready();
 		zmq_poll(NULL, 0, -1);
 	} else {
-		fprintf(stderr, "load: see the head of scripts/load.c\n");
+		fprintf(stderr, "load: wrong usage; see the comment at the top of scripts/load.c\n");
 		return 64;
 	}
 	return 0;

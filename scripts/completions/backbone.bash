@@ -1,13 +1,13 @@
-# Completions of bbroker, bservice and brequest for bash. The flags are those that --help
-# names, and the services those that the broker tells, if there is one.
+# bash completions for bbroker, bservice and brequest. The flags come from --help, and the
+# service names from the broker, if one is running.
 
-# _backbone_flags TOOL prints each flag, with what it takes if it takes something.
+# _backbone_flags TOOL prints each flag, followed by the name of its value if it takes one.
 _backbone_flags() {
 	"$1" --help 2>/dev/null | awk '/^ +-/ {
 		sub(/^ +/, ""); sub(/  .*/, "")
 		for (i = split($0, flags, ", "); i > 0; i--) {
 			split(flags[i], part, " ")
-			if (part[1] ~ /^--/) takes = part[2] # and so does the short one before it
+			if (part[1] ~ /^--/) takes = part[2] # also for the short flag, which comes next
 			print part[1], takes
 		}
 	}'
@@ -21,7 +21,7 @@ _backbone() {
 		flags[$flag]=$takes
 	done < <(_backbone_flags "$1")
 
-	# Not from COMP_WORDS, which has endpoints in pieces.
+	# Do not use COMP_WORDS: it splits endpoints at colons.
 	read -ra words <<<"${COMP_LINE:0:COMP_POINT}"
 	[[ ${COMP_LINE:0:COMP_POINT} != *[[:space:]] ]] || words+=("")
 	local cur=${words[${#words[@]} - 1]}

@@ -1,6 +1,7 @@
-# Completions of bbroker, bservice and brequest for fish. The flags are those that --help
-# names, and the services those that the broker tells, if there is one.
+# fish completions for bbroker, bservice and brequest. The flags come from --help, and the
+# service names from the broker, if one is running.
 
+# Prints the names of the services.
 function __backbone_services
     set -l words (commandline -opc)
     set -l broker
@@ -15,7 +16,8 @@ function __backbone_services
     brequest -q -t 0.5 --list $broker 2>/dev/null | tail -n +2 | cut -f 1
 end
 
-# Whether there are so many operands: words that are no flags, and no values of flags.
+# Reports whether the number of operands is $wanted. An operand is a word that is neither a flag
+# nor the value of a flag.
 function __backbone_operands --argument-names wanted
     set -l words (commandline -opc)
     set -l operands 0
@@ -29,29 +31,30 @@ function __backbone_operands --argument-names wanted
     test $operands -eq $wanted
 end
 
+# The flags that take a value.
 set -g __backbone_valued
 for tool in bbroker bservice brequest
     $tool --help 2>/dev/null | awk '/^ +-/ {
         sub(/^ +/, "")
-        says = $0; if (!sub(/.*  /, "", says)) says = ""
+        description = $0; if (!sub(/.*  /, "", description)) description = ""
         sub(/  .*/, "")
         for (i = split($0, flags, ", "); i > 0; i--) {
             split(flags[i], part, " ")
-            if (part[1] ~ /^--/) takes = part[2] # and so does the short one before it
-            print part[1] "\t" takes "\t" says
+            if (part[1] ~ /^--/) takes = part[2] # also for the short flag, which comes next
+            print part[1] "\t" takes "\t" description
         }
-    }' | while read --delimiter \t flag takes says
+    }' | while read --delimiter \t flag takes description
         set -l option (string replace -r -- '^--' '-l ' $flag | string replace -r -- '^-(.)$' '-s $1' | string split ' ')
         test -z "$takes"; or set -a __backbone_valued $flag
         switch "$takes"
             case ''
-                complete -c $tool $option -d "$says"
+                complete -c $tool $option -d "$description"
             case DIR
-                complete -c $tool $option -d "$says" -xa '(__fish_complete_directories)'
+                complete -c $tool $option -d "$description" -xa '(__fish_complete_directories)'
             case FILE
-                complete -c $tool $option -d "$says" -rF
+                complete -c $tool $option -d "$description" -rF
             case '*'
-                complete -c $tool $option -d "$says" -x
+                complete -c $tool $option -d "$description" -x
         end
     end
 end
