@@ -13,9 +13,7 @@ import (
 	"time"
 )
 
-// What is said of the tools elsewhere is as true as their --help.
-
-// flagsOf are the flags of an applet, as one writes them.
+// flagsOf returns the sorted flags of an applet, with their dashes.
 func flagsOf(t *testing.T, a applet) []string {
 	t.Helper()
 	parser := newParser(a.new())
@@ -46,29 +44,91 @@ func TestManPagesNameEveryFlagAndNoOther(t *testing.T) {
 		}
 		slices.Sort(documented)
 		if flags := flagsOf(t, a); !slices.Equal(flags, documented) {
-			t.Errorf("the flags of %s are\n%q, the man page has\n%q", a.name, flags, documented)
+			t.Errorf("the flags of %s are\n%q, but the man page has\n%q", a.name, flags, documented)
 		}
 	}
 }
 
+// defaultsOf returns the default values of an applet by flag, as a user writes them.
+func defaultsOf(a applet) map[string]string {
+	defaults := map[string]string{"--host": defaultHost, "--port": defaultPort}
+	if a.name == "brequest" {
+		defaults["--jobs"] = fmt.Sprint(defaultJobs)
+	}
+	for _, flag := range newParser(a.new()).Model.Flags {
+		if flag.HasDefault {
+			defaults["--"+flag.Name] = flag.Default
+		}
+	}
+	return defaults
+}
+
+func TestHelpAndManPagesStateTheDefaults(t *testing.T) {
+	helpFlags := regexp.MustCompile(`(?m)^ +((?:-\w|--[a-z-]+)(?:[ ,][^\n]*)?\n(?:     [^\n]*\n)*)`)
+	for _, a := range applets() {
+		help := map[string]string{}
+		for _, entry := range helpFlags.FindAllString(a.usage, -1) {
+			for _, flag := range regexp.MustCompile(`--[a-z-]+`).FindAllString(entry, -1) {
+				if _, ok := help[flag]; !ok {
+					help[flag] = strings.Join(strings.Fields(entry), " ")
+				}
+			}
+		}
+		page, err := os.ReadFile("scripts/man/" + a.name + ".1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for flag, value := range defaultsOf(a) {
+			if !regexp.MustCompile(`[( ]` + regexp.QuoteMeta(value) + `\)`).MatchString(help[flag]) {
+				t.Errorf("%s %s: the default is %s, but the help has %q", a.name, flag, value, help[flag])
+			}
+			entry := regexp.MustCompile(`(?m)^\.It .*Fl -` + flag[2:] + `( .*)?\n(?:[^.].*\n|\.[^I].*\n)*`).FindString(string(page))
+			if !strings.Contains(entry, "The default is "+value+".") && !strings.Contains(entry, "The default is "+value+",") && !strings.Contains(entry, "The default is "+value+":") {
+				t.Errorf("%s %s: the default is %s, but the man page has %q", a.name, flag, value, entry)
+			}
+		}
+	}
+}
+
+// TestREADMEStatesTheDefaults checks each "`--flag` (value)" and each row of the table of limits.
+func TestREADMEStatesTheDefaults(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, match := range regexp.MustCompile("`(--[a-z-]+)` (?:\\(|\\| )([0-9][0-9a-zA-Z.]*)[ )]").FindAllStringSubmatch(string(readme), -1) {
+		found++
+		isDefault := func(a applet) bool { return defaultsOf(a)[match[1]] == match[2] }
+		if !slices.ContainsFunc(applets(), isDefault) {
+			t.Errorf("the README says that %s is the default of %s", match[2], match[1])
+		}
+	}
+	if found < 10 {
+		t.Errorf("found only %d defaults", found)
+	}
+}
+
 func TestWorkedExamplesWork(t *testing.T) {
-	examples := strings.Split(readmeSection(t, "Worked examples"), "\n### ")[1:]
+	examples := strings.Split(section(t, "README.md", "Worked examples"), "\n### ")[1:]
+	examples = append(examples, strings.Split(section(t, "scripts/README.md", "More worked examples"), "\n### ")[1:]...)
 	if len(examples) < 6 {
-		t.Fatalf("there are only %d of them", len(examples))
+		t.Fatalf("found only %d examples", len(examples))
 	}
 	for _, example := range examples {
 		title, text, _ := strings.Cut(example, "\n")
 		t.Run(title, func(t *testing.T) {
+			t.Parallel()
 			if _, err := exec.LookPath("make"); err != nil && strings.Contains(text, "`Makefile`") {
-				t.Skip("there is no make")
+				t.Skip("make is not installed")
 			}
-			workExample(t, text, os.Environ())
+			runExample(t, text, os.Environ())
 		})
 	}
 }
 
 func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
-	// The interpreters are those that have ZeroMQ.
+	// The commands of the examples run interpreters that have ZeroMQ.
 	bin := t.TempDir()
 	for name, language := range map[string]string{"python3": "python", "node": "javascript"} {
 		path, err := exec.LookPath(interpreter(t, language))
@@ -85,31 +145,32 @@ func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
 	}
 	env := append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "LIBRARIES="+root+"/scripts",
 		"NODE_PATH="+root+"/scripts/node_modules", "PYTHONDONTWRITEBYTECODE=1")
-	text := readmeSection(t, "From Python and JavaScript")
-	workExample(t, strings.Replace(text, "\n    $ ", "\n    $ cp $LIBRARIES/backbone.* .\n    $ ", 1), env)
+	text := section(t, "scripts/README.md", "Python and JavaScript")
+	runExample(t, strings.Replace(text, "\n    $ ", "\n    $ cp $LIBRARIES/backbone.* .\n    $ ", 1), env)
 }
 
-// readmeSection is what the README has under a heading.
-func readmeSection(t *testing.T, title string) string {
+// section returns the section of a file with the given title.
+func section(t *testing.T, file, title string) string {
 	t.Helper()
-	readme, err := os.ReadFile("README.md")
+	content, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, found := strings.Cut(string(readme), "\n## "+title+"\n")
+	_, text, found := strings.Cut(string(content), "\n## "+title+"\n")
 	if !found {
-		t.Fatalf("the README has no section %q", title)
+		t.Fatalf("%s has no section %q", file, title)
 	}
-	section, _, _ = strings.Cut(section, "\n## ")
-	return section
+	text, _, _ = strings.Cut(text, "\n## ")
+	return text
 }
 
-// workExample does what an example of the README says: it writes the files that are
-// there, after their name in a line of its own, and types in what follows a prompt.
-func workExample(t *testing.T, text string, env []string) {
-	s := newSite(t, "--heartbeat", "1s")
+// runExample runs an example of the documentation and checks its output. A block after a line with
+// a file name is the content of that file. In the other blocks a line after a prompt is a command,
+// and the lines that follow are its output.
+func runExample(t *testing.T, text string, env []string) {
+	s := newSystem(t, "--heartbeat", "1s")
 	var script strings.Builder
-	var want []string // what each command prints, after a line that tells its number
+	var want []string // the output of each command, after a line with its number
 	name := ""
 	for _, paragraph := range regexp.MustCompile("(?m)^`(.+)`:\n\n|(?:^    .*\n|^\t.*\n|^\n    .*\n)+").FindAllStringSubmatch(text, -1) {
 		if paragraph[1] != "" {
@@ -147,11 +208,11 @@ func workExample(t *testing.T, text string, env []string) {
 	timer := time.AfterFunc(time.Minute, func() { syscall.Kill(group, syscall.SIGKILL) })
 	defer timer.Stop()
 	shell.Wait()
-	syscall.Kill(group, syscall.SIGTERM) // what it left in the background
+	syscall.Kill(group, syscall.SIGTERM) // ends what it left in the background
 	s.expectNoProcess(func(pid int, _ string) bool { return pid == s.broker.Process.Pid })
 	got, err := os.ReadFile(output.Name())
 	if err != nil || string(got) != strings.Join(want, "") {
-		t.Errorf("it prints\n%s\n%v, instead of\n%s", got, err, strings.Join(want, ""))
+		t.Errorf("it printed\n%s\n%v, want\n%s", got, err, strings.Join(want, ""))
 	}
 }
 
@@ -159,7 +220,7 @@ func TestHelpNamesEveryFlagAndNoOther(t *testing.T) {
 	for _, a := range applets() {
 		t.Run(a.name, func(t *testing.T) {
 			flags := flagsOf(t, a)
-			// A line that documents flags starts with them; the examples do not.
+			// A line that documents flags starts with them. The lines of the examples do not.
 			var documented []string
 			for line := range strings.Lines(a.usage) {
 				if strings.HasPrefix(strings.TrimLeft(line, " "), "-") {
@@ -169,7 +230,7 @@ func TestHelpNamesEveryFlagAndNoOther(t *testing.T) {
 			}
 			slices.Sort(documented)
 			if !slices.Equal(flags, documented) {
-				t.Errorf("the flags are\n%q, the help has\n%q", flags, documented)
+				t.Errorf("the flags are\n%q, but the help has\n%q", flags, documented)
 			}
 		})
 	}
@@ -183,7 +244,7 @@ func TestHelpFitsTwoScreens(t *testing.T) {
 		}
 		for _, line := range lines {
 			if len(line) > 88 {
-				t.Errorf("%s --help has a line of %d: %s", a.name, len(line), line)
+				t.Errorf("%s --help has a line of %d bytes: %s", a.name, len(line), line)
 			}
 		}
 	}
