@@ -124,7 +124,7 @@ func (t *brokerTool) Run() error {
 	stop, cancel := context.WithCancel(context.Background())
 	restore := onSignals(func(os.Signal) { cancel() })
 	context.AfterFunc(stop, restore) // A second signal ends the process at once.
-	return serve(stop, router, t.brokerFlags, t.Grace, log)
+	return runBroker(stop, router, t.brokerFlags, t.Grace, log)
 }
 
 // listen returns a ROUTER that is bound to the endpoints, and what it is bound to.
@@ -222,9 +222,9 @@ func removeSockets(endpoints []string) {
 // maxReceived limits the messages that the loop receives before it looks at the time.
 const maxReceived = 1000
 
-// serve is the loop around a Broker: it owns the socket and the clock. When stop is done it drains
+// runBroker is the loop around a Broker: it owns the socket and the clock. When stop is done it drains
 // the broker, for as long as grace at most, and returns nil.
-func serve(stop context.Context, router *socket, flags brokerFlags, grace time.Duration, log *slog.Logger) error {
+func runBroker(stop context.Context, router *socket, flags brokerFlags, grace time.Duration, log *slog.Logger) error {
 	waiter := newPollWaiter()
 	defer context.AfterFunc(stop, waiter.Wake)()
 

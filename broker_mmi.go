@@ -44,7 +44,7 @@ func (b *Broker) cancel(client [][]byte) (dropped int) {
 		return 0
 	}
 	for e := own.Front(); e != nil; {
-		r := e.Value.(*request)
+		r := e.Value.(*brokerRequest)
 		e = e.Next()
 		if len(r.client) < len(client) || !slices.EqualFunc(r.client[:len(client)], client, bytes.Equal) {
 			continue
@@ -61,7 +61,7 @@ func (b *Broker) cancel(client [][]byte) (dropped int) {
 // A tally counts what happened to one service, or to all that there ever were.
 type tally struct {
 	counts [len(counters)]uint64
-	times  [len(timers)]histogram
+	times  [len(timings)]histogram
 }
 
 // A metric is a name and a help text as Prometheus wants them.
@@ -97,14 +97,14 @@ var counters = [...]metric{
 	replyBytes:          {"reply_bytes_total", "Bytes in the bodies of replies that were sent."},
 }
 
-type timer int
+type timing int
 
 const (
-	waitSeconds timer = iota
+	waitSeconds timing = iota
 	serveSeconds
 )
 
-var timers = [...]metric{
+var timings = [...]metric{
 	waitSeconds:  {"wait_seconds", "Time from the arrival of a request to its worker."},
 	serveSeconds: {"serve_seconds", "Time from the worker of a request to its reply."},
 }
@@ -114,7 +114,7 @@ func (b *Broker) count(s *brokerService, c counter, n uint64) {
 	s.tally.counts[c] += n
 }
 
-func (b *Broker) observe(s *brokerService, t timer, d time.Duration) {
+func (b *Broker) observe(s *brokerService, t timing, d time.Duration) {
 	b.total.times[t].observe(d)
 	s.tally.times[t].observe(d)
 }
@@ -198,7 +198,7 @@ func (b *Broker) metrics() []byte {
 	for c, m := range counters {
 		number("counter", m, func(v sample) uint64 { return v.counts[c] })
 	}
-	for t, m := range timers {
+	for t, m := range timings {
 		family("histogram", m, func(name string, v sample) {
 			h, below := &v.times[t], uint64(0)
 			for i, bound := range bucketBounds {

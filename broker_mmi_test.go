@@ -28,7 +28,7 @@ func TestManagementServiceTellsWhetherANameIsServed(t *testing.T) {
 		r.expect([]string{"C", "7", "", "MDPC01", test.request[0], test.code})
 	}
 
-	// A busy worker serves its name as well.
+	// A service is also found while its only worker is busy.
 	r.from("C", "", "MDPC01", "echo")
 	r.expect(toWorker("W", "*"))
 	r.from("C", "", "MDPC01", "mmi.service", "echo")
@@ -92,7 +92,7 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 		}
 	}
 	if strings.Contains(metrics, "echo") {
-		t.Error("a service that is gone is in the metrics")
+		t.Error("the metrics contain a service that no longer exists")
 	}
 
 	r.from("V", "", "MDPW01", "\x01", "echo\"\xff")
@@ -104,10 +104,10 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	seen := map[string]bool{}
 	for line := range strings.Lines(metrics) {
 		if !metricLine.MatchString(line) {
-			t.Errorf("no line of Prometheus' format: %q", line)
+			t.Errorf("not in the format of Prometheus: %q", line)
 		}
 		if sample, _, ok := strings.Cut(line, " "); ok && sample != "#" && seen[sample] {
-			t.Errorf("%s stands twice", sample)
+			t.Errorf("%s occurs twice", sample)
 		} else {
 			seen[sample] = true
 		}

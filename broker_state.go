@@ -28,12 +28,12 @@ type Broker struct {
 	debug bool
 
 	services map[string]*brokerService
-	workers  map[string]*worker    // by identity
-	waiting  map[string]*list.List // of *request, by the identity of the client
-	run      string                // begins the tokens of this run of the broker
-	tokens   uint64                // how many were made
-	held     size                  // of all requests that have not ended
-	open     int                   // their number
+	workers  map[string]*brokerWorker // by identity
+	waiting  map[string]*list.List    // of *brokerRequest, by the identity of the client
+	run      string                   // begins the tokens of this run of the broker
+	tokens   uint64                   // how many were made
+	held     size                     // of all requests that have not ended
+	open     int                      // their number
 	draining bool
 
 	begin, now, nextHeartbeat time.Time
@@ -55,28 +55,28 @@ type brokerFlags struct {
 type brokerService struct {
 	name       string
 	workers    int
-	idle       list.List // of *worker, the least recently used first
-	waiting    list.List // of *request, the oldest first
+	idle       list.List // of *brokerWorker, the least recently used first
+	waiting    list.List // of *brokerRequest, the oldest first
 	unservedAt time.Time // when it lost its last worker
 	tally      tally
 }
 
-// A worker serves one service, one request at a time.
-type worker struct {
+// A brokerWorker serves one service, one request at a time.
+type brokerWorker struct {
 	identity    string
 	address     [][]byte // the identity as a frame
 	service     *brokerService
-	request     *request      // nil when idle
-	idleElement *list.Element // its place among the idle workers, nil when busy
-	silence     int           // heartbeats since it was last heard
-	busy        int           // heartbeats since it was given its request
+	request     *brokerRequest // nil when idle
+	idleElement *list.Element  // its place among the idle workers, nil when busy
+	silence     int            // heartbeats since it was last heard
+	busy        int            // heartbeats since it was given its request
 
 	// heardWhileBusy tells that it can send heartbeats while it works; many workers cannot.
 	heardWhileBusy bool
 }
 
-// A request exists from its arrival to its end.
-type request struct {
+// A brokerRequest exists from its arrival to its end.
+type brokerRequest struct {
 	service *brokerService
 	name    []byte   // of the service, for the reply
 	client  [][]byte // the address stack, with the identity first
@@ -91,7 +91,7 @@ type request struct {
 }
 
 // size returns the bytes that the broker holds. The address of a client may be long, too.
-func (r *request) size() size {
+func (r *brokerRequest) size() size {
 	return sizeOf(r.client) + size(len(r.name)) + sizeOf(r.body)
 }
 
@@ -103,7 +103,7 @@ func NewBroker(flags brokerFlags, now time.Time, send func(frames [][]byte) erro
 		log:           log,
 		debug:         log.Enabled(context.Background(), slog.LevelDebug),
 		services:      map[string]*brokerService{},
-		workers:       map[string]*worker{},
+		workers:       map[string]*brokerWorker{},
 		waiting:       map[string]*list.List{},
 		run:           fmt.Sprintf("%08x.", rand.Uint32()),
 		begin:         now,
@@ -144,7 +144,7 @@ func (b *Broker) receiveClient(client [][]byte, m Message) {
 		return
 	}
 	s := b.service(m.Service)
-	r := &request{service: s, name: m.Service, client: client, body: m.Body, token: b.nextToken(), arrived: b.now}
+	r := &brokerRequest{service: s, name: m.Service, client: client, body: m.Body, token: b.nextToken(), arrived: b.now}
 	b.open++
 	b.held += r.size()
 	b.count(s, requestsTotal, 1)
@@ -200,7 +200,7 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 		b.finish(r, m.Body)
 		b.makeIdle(w)
 	case KindDisconnect:
-		b.log.Info("worker left", "worker", w.identity, "service", w.service.name, "why", "it said DISCONNECT")
+		b.log.Info("worker left", "worker", w.identity, "service", w.service.name, "why", "it sent DISCONNECT")
 		// It has not begun its request, or it would have replied first.
 		if r := b.remove(w); r != nil {
 			b.enqueue(r, w.service.waiting.PushFront)
@@ -212,7 +212,7 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 }
 
 func (b *Broker) register(identity, name []byte) {
-	w := &worker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
+	w := &brokerWorker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
 	if isManagement(string(name)) {
 		b.warn("peer "+w.identity, "worker refused", "worker", w.identity, "service", string(name), "why", "the name is the broker's own")
 		b.sendWorker(w.address, Message{Kind: KindDisconnect})
@@ -237,13 +237,13 @@ func (b *Broker) service(name []byte) *brokerService {
 }
 
 // makeIdle puts a worker at the tail of the idle list of its service.
-func (b *Broker) makeIdle(w *worker) {
+func (b *Broker) makeIdle(w *brokerWorker) {
 	w.request = nil
 	w.idleElement = w.service.idle.PushBack(w)
 }
 
 // enqueue puts a request into the queues of its client and, with push, of its service.
-func (b *Broker) enqueue(r *request, push func(any) *list.Element) {
+func (b *Broker) enqueue(r *brokerRequest, push func(any) *list.Element) {
 	r.queued = push(r)
 	identity := string(r.client[0])
 	own, ok := b.waiting[identity]
@@ -254,7 +254,7 @@ func (b *Broker) enqueue(r *request, push func(any) *list.Element) {
 	r.owned = own.PushBack(r)
 }
 
-func (b *Broker) dequeue(r *request) {
+func (b *Broker) dequeue(r *brokerRequest) {
 	r.service.waiting.Remove(r.queued)
 	identity := string(r.client[0])
 	own := b.waiting[identity]
@@ -266,10 +266,10 @@ func (b *Broker) dequeue(r *request) {
 }
 
 // assign gives a request to the next idle worker, and tells whether there was one.
-func (b *Broker) assign(r *request) bool {
+func (b *Broker) assign(r *brokerRequest) bool {
 	s := r.service
 	for s.idle.Len() > 0 {
-		w := s.idle.Front().Value.(*worker)
+		w := s.idle.Front().Value.(*brokerWorker)
 		err := b.sendWorker(w.address, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.loseWorker(w, err)
@@ -291,7 +291,7 @@ func (b *Broker) assign(r *request) bool {
 // neither workers nor requests. It follows every event that changes either.
 func (b *Broker) dispatch(s *brokerService) {
 	for s.waiting.Len() > 0 {
-		r := s.waiting.Front().Value.(*request)
+		r := s.waiting.Front().Value.(*brokerRequest)
 		if !b.assign(r) {
 			return
 		}
@@ -327,7 +327,7 @@ func (b *Broker) Tick(now time.Time) time.Time {
 // heartbeat sends a worker a heartbeat, and disconnects one that was silent for too many of them.
 // Silence is counted in heartbeats of the broker, so that no worker pays for a time in which the
 // broker stood still.
-func (b *Broker) heartbeat(w *worker) {
+func (b *Broker) heartbeat(w *brokerWorker) {
 	w.busy++
 	if w.request == nil || w.heardWhileBusy {
 		w.silence++
@@ -343,7 +343,7 @@ func (b *Broker) heartbeat(w *worker) {
 // expire ends the requests that have waited too long for a worker of their service.
 func (b *Broker) expire(s *brokerService) {
 	for s.workers == 0 && s.waiting.Len() > 0 {
-		r := s.waiting.Front().Value.(*request)
+		r := s.waiting.Front().Value.(*brokerRequest)
 		since := r.arrived
 		if s.unservedAt.After(since) {
 			since = s.unservedAt
@@ -360,14 +360,14 @@ func (b *Broker) expire(s *brokerService) {
 }
 
 // disconnect sends DISCONNECT to a worker that broke the protocol or fell silent, and gives it up.
-func (b *Broker) disconnect(w *worker, why string) {
+func (b *Broker) disconnect(w *brokerWorker, why string) {
 	b.sendWorker(w.address, Message{Kind: KindDisconnect})
 	b.loseWorker(w, errors.New(why))
 }
 
 // loseWorker gives a worker up. The command of its request may have run: with --redeliver another
 // worker gets the request, else the client is told at once.
-func (b *Broker) loseWorker(w *worker, why error) {
+func (b *Broker) loseWorker(w *brokerWorker, why error) {
 	r := b.remove(w)
 	held := ""
 	if r != nil {
@@ -387,7 +387,7 @@ func (b *Broker) loseWorker(w *worker, why error) {
 }
 
 // remove forgets a worker and returns the request that it had, or nil.
-func (b *Broker) remove(w *worker) *request {
+func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	delete(b.workers, w.identity)
 	w.service.workers--
 	if w.service.workers == 0 {
@@ -400,20 +400,20 @@ func (b *Broker) remove(w *worker) *request {
 }
 
 // refuse ends a request that its client may send again later.
-func (b *Broker) refuse(r *request, why string) {
+func (b *Broker) refuse(r *brokerRequest, why string) {
 	b.warn("refused "+r.service.name, "requests refused", "service", r.service.name, "client", string(r.client[0]), "why", why)
 	b.count(r.service, refusedTotal, 1)
 	b.fail(r, exitTemporary, why)
 }
 
 // fail ends a request with a status reply of the broker itself.
-func (b *Broker) fail(r *request, status int, why string) {
+func (b *Broker) fail(r *brokerRequest, status int, why string) {
 	b.finish(r, Reply{Stderr: fmt.Appendf(nil, "bbroker: %s: %s\n", r.service.name, why), Status: status}.Body())
 }
 
 // finish ends a request with a reply. A client that is gone or does not read loses it; nobody else
 // waits for that.
-func (b *Broker) finish(r *request, body [][]byte) {
+func (b *Broker) finish(r *brokerRequest, body [][]byte) {
 	b.end(r)
 	if err := b.reply(r.client, r.name, body); err != nil {
 		b.count(r.service, droppedRepliesTotal, 1)
@@ -424,7 +424,7 @@ func (b *Broker) finish(r *request, body [][]byte) {
 }
 
 // end releases a request that was taken.
-func (b *Broker) end(r *request) {
+func (b *Broker) end(r *brokerRequest) {
 	b.open--
 	b.held -= r.size()
 }
@@ -445,7 +445,7 @@ func (b *Broker) Drain() {
 	b.draining = true
 	for _, s := range b.services {
 		for s.waiting.Len() > 0 {
-			r := s.waiting.Front().Value.(*request)
+			r := s.waiting.Front().Value.(*brokerRequest)
 			b.dequeue(r)
 			b.refuse(r, "the broker is shutting down")
 		}

@@ -52,7 +52,7 @@ func TestWorkerGetsOnePrintableTokenAndNeverTheSame(t *testing.T) {
 			}
 		}
 		if seen[token] {
-			t.Fatalf("token %q came twice", token)
+			t.Fatalf("token %q was used twice", token)
 		}
 		seen[token] = true
 		r.from("W", "", "MDPW01", "\x03", token, "")
@@ -212,7 +212,7 @@ func TestAnyCommandCountsAsAHeartbeat(t *testing.T) {
 	}
 }
 
-func TestBrokerThatStoodStillBlamesNobody(t *testing.T) {
+func TestBrokerThatWasSuspendedDropsNoWorker(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W", "", "MDPW01", "\x01", "echo")
 	r.clock = r.clock.Add(time.Hour)
@@ -220,14 +220,14 @@ func TestBrokerThatStoodStillBlamesNobody(t *testing.T) {
 	r.expect(heartbeatTo("W"))
 }
 
-func TestWorkerThatCannotSendWhileBusyIsHeldOnlyToBeReachable(t *testing.T) {
+func TestWorkerThatCannotSendWhileBusyNeedOnlyBeReachable(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W", "", "MDPW01", "\x01", "echo")
 	r.from("C", "", "MDPC01", "echo")
 	token := r.expect(toWorker("W", "*"))[0]
-	r.from("W", "", "MDPW01", "\x04") // crossed the request on its way
+	r.from("W", "", "MDPW01", "\x04") // sent before the request arrived
 	r.pass(1)
-	r.failed["W"] = errWouldBlock // it reads nothing either
+	r.failed["W"] = errWouldBlock // it does not read either
 	r.pass(100)
 	delete(r.failed, "W")
 	r.from("W", "", "MDPW01", "\x03", token, "", "at last")
@@ -321,7 +321,7 @@ func TestServiceIsGoneWithItsLastWorkerAndRequest(t *testing.T) {
 	}
 }
 
-func TestStopAnswersEveryRequestAndTakesLeaveOfEveryWorker(t *testing.T) {
+func TestStopAnswersEveryRequestAndDisconnectsEveryWorker(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W1", "", "MDPW01", "\x01", "busy")
 	r.from("W2", "", "MDPW01", "\x01", "idle")
@@ -380,7 +380,7 @@ func TestRequestDoesNotExpireWhileItsServiceIsServed(t *testing.T) {
 	r.sent = nil
 	r.pass(1)
 	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 69"})
-	r.pass(59) // from when the last worker was lost
+	r.pass(59) // since the last worker was lost
 	r.from("W2", "", "MDPW01", "\x01", "echo")
 	r.expect(toWorker("W2", "*", "2"))
 }
@@ -396,7 +396,7 @@ func TestRequestsWaitForEverWithoutAQueueTTL(t *testing.T) {
 func TestFullQueueRefuses(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W", "", "MDPW01", "\x01", "echo")
-	for range 11 { // one with the worker, ten in the queue
+	for range 11 { // one in flight, ten in the queue
 		r.from("C", "", "MDPC01", "echo")
 	}
 	r.expect(toWorker("W", "*"))
@@ -414,7 +414,7 @@ func TestBrokerHoldsNoMoreBytesThanItMay(t *testing.T) {
 	half := strings.Repeat("x", 1<<19-len("Ca"))
 	r.from("W", "", "MDPW01", "\x01", "a")
 	r.from("C", "", "MDPC01", "a", half)
-	r.from("C", half, "", "MDPC01", "b") // the address is held, too
+	r.from("C", half, "", "MDPC01", "b") // the address counts, too
 	token := r.expect(toWorker("W", "*", half))[0]
 	r.from("D", "", "MDPC01", "c", "x")
 	r.expect([]string{"D", "", "MDPC01", "c", "", "*", "exit status 75"})
@@ -462,12 +462,12 @@ func TestDrainingBrokerRefusesNewRequestsAndAwaitsReplies(t *testing.T) {
 	r.from("C3", "", "MDPC01", "echo", "new")
 	r.expect([]string{"C3", "", "MDPC01", "echo", "", "*", "exit status 75"})
 	if r.Drained() {
-		t.Error("the broker takes itself for drained")
+		t.Error("the broker is drained with a request in flight")
 	}
 	r.from("W", "", "MDPW01", "\x03", token, "", "done")
 	r.expect([]string{"C1", "", "MDPC01", "echo", "done"})
 	if !r.Drained() {
-		t.Error("the broker waits for nothing")
+		t.Error("the broker is not drained without requests")
 	}
 }
 
@@ -488,7 +488,7 @@ func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 	r.expectLog(1, "bad message", "peer=proxy", "no address other than its identity")
 	r.expectLog(3, "")
 	if len(r.services) != 0 || len(r.workers) != 0 {
-		t.Error("bad messages left something behind")
+		t.Error("bad messages created services or workers")
 	}
 }
 
@@ -506,182 +506,182 @@ func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
 	r.expectLog(1, "bad message", "peer=stranger ")
 }
 
-// FuzzBroker lets several peers send what they like, fail and fall silent, and checks
-// after each step that the broker still makes sense. Two bytes of the input are a step.
+// FuzzBroker lets several peers send any message, become unreachable and fall silent. After each
+// step it checks the invariants of the broker. Two bytes of the input are a step.
 func FuzzBroker(f *testing.F) {
 	f.Add([]byte("\x00\x00\x01\x00\x02\x00"))                                 // a worker, a request, its reply
-	f.Add([]byte("\x01\x00\x01\x10\x00\x00\x05\x00\x00\x01\x02\x01\x02\x01")) // the worker leaves, another takes over
-	f.Add([]byte("\x00\x00\x01\x00\x06\x00\x07\x00\x00\x01\x08\x00\x07\x01")) // it is lost, requests are cancelled and expire
+	f.Add([]byte("\x01\x00\x01\x10\x00\x00\x05\x00\x00\x01\x02\x01\x02\x01")) // the worker leaves, another gets the request
+	f.Add([]byte("\x00\x00\x01\x00\x06\x00\x07\x00\x00\x01\x08\x00\x07\x01")) // the worker is lost, requests are cancelled and expire
 	f.Fuzz(func(t *testing.T, steps []byte) {
-		m := &model{fakeRouter: newFakeRouter(t), held: map[string]string{}, ended: map[string]int{}}
-		m.Redeliver = 1
-		m.MaxQueue = 3
-		m.MaxMemory = 200
-		m.send = m.record
+		b := &brokerWorld{fakeRouter: newFakeRouter(t), held: map[string]string{}, ended: map[string]int{}}
+		b.Redeliver = 1
+		b.MaxQueue = 3
+		b.MaxMemory = 200
+		b.send = b.record
 		for ; len(steps) >= 2; steps = steps[2:] {
-			m.step(steps[0], steps[1])
-			m.check()
+			b.step(steps[0], steps[1])
+			b.check()
 		}
-		m.Stop()
-		m.check()
-		if m.open != 0 {
-			t.Errorf("%d requests were not answered", m.open)
+		b.Stop()
+		b.check()
+		if b.open != 0 {
+			t.Errorf("%d requests were not answered", b.open)
 		}
-		if ended := uint64(len(m.ended)) + m.total.counts[cancelledTotal]; ended != m.total.counts[requestsTotal] {
-			t.Errorf("%d requests came and %d ended", m.total.counts[requestsTotal], ended)
+		if ended := uint64(len(b.ended)) + b.total.counts[cancelledTotal]; ended != b.total.counts[requestsTotal] {
+			t.Errorf("%d requests were received, but %d ended", b.total.counts[requestsTotal], ended)
 		}
 	})
 }
 
-// A model is the world around a broker.
-type model struct {
+// A brokerWorld is the world around a broker.
+type brokerWorld struct {
 	*fakeRouter
-	held  map[string]string // the token that each worker was last given
-	ended map[string]int    // the replies to each request, those too that could not be sent
-	count int
+	held  map[string]string // the token of the last request, by worker
+	ended map[string]int    // how many replies were sent, delivered or not, by request
+	count int               // steps so far
 }
 
-// record is what the broker sends by. Requests have a number in their address.
-func (m *model) record(frames [][]byte) error {
+// record stands for the socket of the broker. A number in the address identifies each request.
+func (b *brokerWorld) record(frames [][]byte) error {
 	message := spell(frames)
 	switch {
 	case message[2] == "MDPW01" && message[3] == "\x02":
-		if m.failed[message[0]] == nil {
-			m.held[message[0]] = message[4]
+		if b.failed[message[0]] == nil {
+			b.held[message[0]] = message[4]
 		}
 	case message[1] != "":
-		m.ended[message[1]]++
-		if m.ended[message[1]] > 1 {
-			m.t.Fatalf("request %s ended twice", message[1])
+		b.ended[message[1]]++
+		if b.ended[message[1]] > 1 {
+			b.t.Fatalf("request %s ended twice", message[1])
 		}
 	}
-	return m.failed[message[0]]
+	return b.failed[message[0]]
 }
 
-func (m *model) step(what, who byte) {
+func (b *brokerWorld) step(what, who byte) {
 	worker := fmt.Sprintf("W%d", who%4)
 	client := fmt.Sprintf("C%d", who%3)
 	service := fmt.Sprintf("s%d", who>>4%3)
-	m.count++
+	b.count++
 	switch what % 12 {
 	case 0:
-		m.from(worker, "", "MDPW01", "\x01", service)
+		b.from(worker, "", "MDPW01", "\x01", service)
 	case 1, 10:
-		m.from(client, fmt.Sprint("#", m.count), "", "MDPC01", service, strings.Repeat("x", int(who)))
+		b.from(client, fmt.Sprint("#", b.count), "", "MDPC01", service, strings.Repeat("x", int(who)))
 	case 2, 11:
-		m.from(worker, "", "MDPW01", "\x03", m.held[worker], "", "done")
+		b.from(worker, "", "MDPW01", "\x03", b.held[worker], "", "done")
 	case 3:
-		m.from(worker, "", "MDPW01", "\x03", m.held["W0"], "", "forged")
+		b.from(worker, "", "MDPW01", "\x03", b.held["W0"], "", "forged")
 	case 4:
-		m.from(worker, "", "MDPW01", "\x04")
+		b.from(worker, "", "MDPW01", "\x04")
 	case 5:
-		m.from(worker, "", "MDPW01", "\x05")
+		b.from(worker, "", "MDPW01", "\x05")
 	case 6:
 		for _, peer := range []string{worker, client} {
-			m.failed[peer] = []error{nil, errGone, errWouldBlock}[who>>4%3]
+			b.failed[peer] = []error{nil, errGone, errWouldBlock}[who>>4%3]
 		}
 	case 7:
-		m.clock = m.clock.Add(time.Duration(who) * time.Second)
-		m.Tick(m.clock)
+		b.clock = b.clock.Add(time.Duration(who) * time.Second)
+		b.Tick(b.clock)
 	case 8:
-		m.from(client, "", "MDPC01", "mmi.cancel")
+		b.from(client, "", "MDPC01", "mmi.cancel")
 	case 9:
 		bad := [][]string{{""}, {"", "MDPC01"}, {"", "MDPC01", ""}, {"", "MDPW01", "\x09"}, {"MDPW01", "\x05"},
 			{"", "MDPC01", "mmi.metrics"}, {"", "MDPC01", "mmi.services"}, {"", "MDPW01", "\x02", "", "x"}}
-		m.from(append([]string{worker}, bad[int(who>>2)%len(bad)]...)...)
+		b.from(append([]string{worker}, bad[int(who>>2)%len(bad)]...)...)
 	}
 }
 
-// check holds the broker to its invariants.
-func (m *model) check() {
-	m.t.Helper()
-	waiting := map[*request]bool{}
+// check checks the invariants of the broker.
+func (b *brokerWorld) check() {
+	b.t.Helper()
+	waiting := map[*brokerRequest]bool{}
 	workers := map[*brokerService]int{}
 	bytes := size(0)
-	for _, w := range m.workers {
+	for _, w := range b.workers {
 		workers[w.service]++
 		if (w.request == nil) != (w.idleElement != nil) {
-			m.t.Fatalf("worker %s is both idle and busy, or neither", w.identity)
+			b.t.Fatalf("worker %s is both idle and busy, or neither", w.identity)
 		}
-		if m.services[w.service.name] != w.service {
-			m.t.Fatalf("worker %s serves what is not there", w.identity)
+		if b.services[w.service.name] != w.service {
+			b.t.Fatalf("the service of worker %s is not known", w.identity)
 		}
 	}
-	for name, s := range m.services {
+	for name, s := range b.services {
 		if s.workers == 0 && s.waiting.Len() == 0 {
-			m.t.Fatalf("service %s is kept for nothing", name)
+			b.t.Fatalf("service %s has neither workers nor requests", name)
 		}
 		if s.workers != workers[s] {
-			m.t.Fatalf("service %s has %d workers and counts %d", name, workers[s], s.workers)
+			b.t.Fatalf("service %s has %d workers, but counts %d", name, workers[s], s.workers)
 		}
 		if s.idle.Len() > 0 && s.waiting.Len() > 0 {
-			m.t.Fatalf("service %s has idle workers and waiting requests", name)
+			b.t.Fatalf("service %s has idle workers and waiting requests", name)
 		}
 		for e := s.waiting.Front(); e != nil; e = e.Next() {
-			r := e.Value.(*request)
+			r := e.Value.(*brokerRequest)
 			if r.queued != e || waiting[r] {
-				m.t.Fatalf("request %q does not wait where it is", r.client)
+				b.t.Fatalf("request %q is queued twice or has the wrong element", r.client)
 			}
 			waiting[r] = true
 			bytes += r.size()
 		}
 	}
 	open := len(waiting)
-	for _, w := range m.workers {
+	for _, w := range b.workers {
 		if r := w.request; r != nil {
 			if waiting[r] || r.queued != nil {
-				m.t.Fatalf("request %q is both waiting and in flight", r.client)
+				b.t.Fatalf("request %q is both waiting and in flight", r.client)
 			}
 			open++
 			bytes += r.size()
 		}
 	}
-	if m.open != open || m.Broker.held != bytes {
-		m.t.Fatalf("the broker counts %d requests of %d bytes, and has %d of %d", m.open, m.Broker.held, open, bytes)
+	if b.open != open || b.Broker.held != bytes {
+		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d", b.open, b.Broker.held, open, bytes)
 	}
 	owned := 0
-	for client, own := range m.Broker.waiting {
+	for client, own := range b.Broker.waiting {
 		if own.Len() == 0 {
-			m.t.Fatalf("client %s is kept for nothing", client)
+			b.t.Fatalf("client %s has no waiting requests", client)
 		}
 		owned += own.Len()
 	}
 	if owned != len(waiting) {
-		m.t.Fatalf("%d requests wait, and clients own %d", len(waiting), owned)
+		b.t.Fatalf("%d requests wait, but clients own %d", len(waiting), owned)
 	}
-	for number := range m.ended {
+	for number := range b.ended {
 		for r := range waiting {
 			if string(r.client[1]) == number {
-				m.t.Fatalf("request %s waits after its end", number)
+				b.t.Fatalf("request %s ended, but still waits", number)
 			}
 		}
 	}
 }
 
-// The cost of a request in the state machine must not grow with what else is there.
-// An operation is a request, its worker and its reply; nothing is sent.
+// BenchmarkDispatch measures a request and its reply in the state machine, without a socket. The
+// cost must not grow with the number of services, workers and waiting requests.
 func BenchmarkDispatch(b *testing.B) {
-	for _, size := range []struct{ services, workers, waiting int }{
+	for _, load := range []struct{ services, workers, waiting int }{
 		{1, 1, 0}, {10_000, 1, 0}, {1, 10_000, 0}, {1, 1, 100_000}, {10_000, 10_000, 100_000},
 	} {
-		b.Run(fmt.Sprintf("services=%d/workers=%d/waiting=%d", size.services, size.workers, size.waiting), func(b *testing.B) {
+		b.Run(fmt.Sprintf("services=%d/workers=%d/waiting=%d", load.services, load.workers, load.waiting), func(b *testing.B) {
 			now := time.Now()
 			var worker, token []byte
-			rules := testFlags
-			rules.MaxQueue, rules.MaxMemory = 1<<30, 1<<40
-			broker := NewBroker(rules, now, func(frames [][]byte) error {
+			flags := testFlags
+			flags.MaxQueue, flags.MaxMemory = 1<<30, 1<<40
+			broker := NewBroker(flags, now, func(frames [][]byte) error {
 				if len(frames) > 5 && string(frames[2]) == workerProtocol {
 					worker, token = frames[0], frames[4]
 				}
 				return nil
 			}, slog.New(slog.DiscardHandler))
-			for i := range size.services - 1 {
+			for i := range load.services - 1 {
 				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), now)
 			}
-			for i := range size.workers {
+			for i := range load.workers {
 				broker.Receive(frames(fmt.Sprint("W", i), "", "MDPW01", "\x01", "echo"), now)
 			}
-			for i := range size.waiting {
+			for i := range load.waiting {
 				broker.Receive(frames(fmt.Sprint("C", i), "", "MDPC01", "later", "hello"), now)
 			}
 			request := frames("C", "", "MDPC01", "echo", "hello")

@@ -21,10 +21,10 @@ func TestPeersWrittenFromTheRFCAreServed(t *testing.T) {
 	worker.send("", "MDPW01", "\x01", "echo")
 	worker.want(worker.recv(), heartbeatFrames...)
 
-	// A REQ puts the empty frame on and takes it off itself.
+	// A REQ socket adds and removes the empty frame itself.
 	client := connectPeer(t, zmq.REQ, endpoint)
 	client.send("MDPC01", "echo", "hello", "\x00\xff")
-	request := worker.recvBut(heartbeatFrames...)
+	request := worker.recvSkipping(heartbeatFrames...)
 	if len(request) != 7 {
 		t.Fatalf("the worker got %q", request)
 	}
@@ -33,19 +33,19 @@ func TestPeersWrittenFromTheRFCAreServed(t *testing.T) {
 	worker.send("", "MDPW01", "\x03", token, "", "good", "", "bye")
 	client.want(client.recv(), "MDPC01", "echo", "good", "", "bye")
 
-	// A DEALER may have its own frames in front of the empty one.
+	// A DEALER may send frames of its own before the empty one.
 	dealer := connectPeer(t, zmq.DEALER, endpoint)
 	dealer.send("17", "", "MDPC01", "mmi.service", "echo")
 	dealer.want(dealer.recv(), "17", "", "MDPC01", "mmi.service", "200")
 
 	worker.send("", "MDPW01", "\x01", "echo")
-	worker.want(worker.recvBut(heartbeatFrames...), "", "MDPW01", "\x05")
+	worker.want(worker.recvSkipping(heartbeatFrames...), "", "MDPW01", "\x05")
 }
 
 func TestFloodIsReadToItsEnd(t *testing.T) {
 	worker := connectPeer(t, zmq.DEALER, startBroker(t, time.Hour))
 	worker.send("", "MDPW01", "\x01", "echo")
-	for range 10_000 { // more than the loop takes at a time, and nothing is to be sent for them
+	for range 10_000 { // more than the loop receives at a time; the broker sends nothing in return
 		worker.send(heartbeatFrames...)
 	}
 	worker.send("", "MDPC01", "mmi.service", "echo")
@@ -54,45 +54,45 @@ func TestFloodIsReadToItsEnd(t *testing.T) {
 
 func TestBrokerListensOnSeveralEndpoints(t *testing.T) {
 	ipc := "ipc://" + filepath.Join(t.TempDir(), "b")
-	socket, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"}, 1<<20)
+	router, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"}, 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer socket.Close()
+	defer router.Close()
 	if bound[0] != ipc || !strings.HasPrefix(bound[1], "tcp://127.0.0.1:") || strings.HasSuffix(bound[1], ":0") {
 		t.Errorf("bound to %q", bound)
 	}
 	for _, endpoint := range bound {
 		client := connectPeer(t, zmq.DEALER, endpoint)
 		client.send("hello")
-		if message, err := socket.RecvMessageBytes(0); err != nil || string(message[1]) != "hello" {
+		if message, err := router.RecvMessageBytes(0); err != nil || string(message[1]) != "hello" {
 			t.Errorf("%s: received %q, %v", endpoint, message, err)
 		}
 	}
 }
 
-// BenchmarkHeartbeats is one heartbeat of 10,000 workers that are connected over TCP:
-// theirs received, the broker's sent. At one a second it takes a share of a core: that
-// of the broker's loop, and that of the whole process with ZeroMQ's I/O thread.
+// BenchmarkHeartbeats measures one heartbeat interval with 10,000 workers over TCP: the broker
+// receives a heartbeat of each worker and sends one to each. It reports the share of a core that an
+// interval of one second costs, for the loop of the broker and for the whole process, which includes
+// the I/O thread of ZeroMQ.
 func BenchmarkHeartbeats(b *testing.B) {
 	const workers = 10_000
-	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
+	router, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer socket.Close()
-	broker := NewBroker(testFlags, time.Now(), socket.send,
-		slog.New(slog.DiscardHandler))
+	defer router.Close()
+	broker := NewBroker(testFlags, time.Now(), router.send, slog.New(slog.DiscardHandler))
 	waiter := newPollWaiter()
-	take := func(n int) {
+	receive := func(n int) {
 		end := time.Now().Add(10 * time.Second)
 		for i := 0; i < n; {
-			message, err := socket.receive()
+			message, err := router.receive()
 			if err != nil || time.Now().After(end) {
-				b.Fatalf("%d of %d messages came: %v", i, n, err)
+				b.Fatalf("received %d of %d messages: %v", i, n, err)
 			}
 			if message == nil {
-				waiter.Wait(socket, end)
+				waiter.Wait(router, end)
 				continue
 			}
 			broker.Receive(message, time.Now())
@@ -100,7 +100,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 		}
 	}
 
-	// The workers are another process, so that only the broker's time is counted.
+	// The workers run in another process, so that only the time of the broker is measured.
 	fleet := exec.Command("workerfleet", strings.TrimPrefix(bound[0], "tcp://"), fmt.Sprint(workers))
 	fleet.Stderr = os.Stderr
 	beat, err := fleet.StdinPipe()
@@ -112,9 +112,9 @@ func BenchmarkHeartbeats(b *testing.B) {
 	}
 	defer fleet.Wait()
 	defer beat.Close()
-	take(workers)
+	receive(workers)
 	if len(broker.workers) != workers {
-		b.Fatalf("%d workers came", len(broker.workers))
+		b.Fatalf("%d workers registered", len(broker.workers))
 	}
 
 	now := time.Now()
@@ -124,7 +124,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 	loop, process := cpuTime(thread), cpuTime(syscall.RUSAGE_SELF)
 	for b.Loop() {
 		beat.Write([]byte{0})
-		take(workers)
+		receive(workers)
 		now = now.Add(time.Second)
 		broker.Tick(now)
 	}

@@ -405,11 +405,3 @@ func (r *caller) expire(now time.Time) {
 		r.try(c, now)
 	}
 }
-
-// earlier returns the earlier of two times, of which a zero one is never.
-func earlier(a, b time.Time) time.Time {
-	if a.IsZero() || !b.IsZero() && b.Before(a) {
-		return b
-	}
-	return a
-}

@@ -14,7 +14,7 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
+func TestClientWorksWithAThirdPartyBroker(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
@@ -22,17 +22,17 @@ func TestClientSpeaksWithABrokerThatIsNotOurs(t *testing.T) {
 		t.Errorf("Endpoint() = %q, want %q", client.Endpoint(), endpoint)
 	}
 	for range 2 { // over the same connection
-		came := serveOnce(broker, func(request []string) []string {
+		received := answerOnce(broker, func(request []string) []string {
 			return []string{request[0], "", "MDPC01", "echo", "good", "", "\x00\xff"}
 		})
 		reply, err := client.Send("echo", frames("hello", ""), 10*time.Second)
 		if err != nil {
 			t.Fatal(err)
 		}
-		request := <-came
+		request := <-received
 		broker.want(request[1:], "", "MDPC01", "echo", "hello", "")
 		if !strings.HasPrefix(request[0], "brequest.") {
-			t.Errorf("the identity %q does not tell who it is", request[0])
+			t.Errorf("the identity %q does not begin with brequest.", request[0])
 		}
 		broker.want(spell(reply.Body()), "good", "", "\x00\xff")
 	}
@@ -46,11 +46,11 @@ func TestClientTellsNoBrokerFromNoReply(t *testing.T) {
 
 	broker, endpoint := bindPeer(t)
 	client = NewClient(context.Background(), endpoint)
-	came := serveOnce(broker, func([]string) []string { return nil })
+	received := answerOnce(broker, func([]string) []string { return nil })
 	if _, err := client.Send("echo", nil, time.Second); !errors.Is(err, errTimeout) {
 		t.Errorf("without a reply: %v", err)
 	}
-	if <-came == nil {
+	if <-received == nil {
 		t.Error("the request did not reach the broker")
 	}
 }
@@ -61,17 +61,17 @@ func TestClientWaitsForABrokerThatIsNotThereYet(t *testing.T) {
 	defer client.Disconnect()
 	reply := make(chan []string)
 	go func() {
-		came, err := client.Send("echo", nil, 10*time.Second)
+		result, err := client.Send("echo", nil, 10*time.Second)
 		if err != nil {
 			t.Error(err)
 		}
-		reply <- spell(came.Body())
+		reply <- spell(result.Body())
 	}()
 	late := newPeer(t, zmq.ROUTER)
 	if err := late.Bind(endpoint); err != nil {
 		t.Fatal(err)
 	}
-	serveOnce(late, func(request []string) []string {
+	answerOnce(late, func(request []string) []string {
 		return []string{request[0], "", "MDPC01", "echo", "here"}
 	})
 	late.want(<-reply, "here")
@@ -84,7 +84,7 @@ func TestReplyIsNotLostWithAConnectionThatBreaksRightAfterIt(t *testing.T) {
 			t.Fatal(err)
 		}
 		client := NewClient(context.Background(), endpoint)
-		broker.aside(func() {
+		broker.inBackground(func() {
 			request, err := broker.RecvMessageBytes(0)
 			if err != nil {
 				t.Error(err)
@@ -124,7 +124,7 @@ func TestClientTakesBackWhatItGivesUp(t *testing.T) {
 			broker.want(broker.recv(), request[0], "", "MDPC01", "mmi.cancel")
 			select {
 			case err := <-ended:
-				t.Fatalf("the client did not wait for the cancel to arrive: %v", err)
+				t.Fatalf("the client did not wait for the reply to mmi.cancel: %v", err)
 			default:
 			}
 			broker.send(request[0], "", "MDPC01", "mmi.cancel", "404")
@@ -139,7 +139,7 @@ func TestClientTakesBackWhatItGivesUp(t *testing.T) {
 func TestClientLearnsAtOnceThatItLostTheBroker(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := NewClient(context.Background(), endpoint)
-	serveOnce(broker, func([]string) []string {
+	answerOnce(broker, func([]string) []string {
 		broker.Close()
 		return nil
 	})
@@ -152,12 +152,12 @@ func TestLateReplyIsNotTakenForTheNext(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
-	came := serveOnce(broker, func([]string) []string { return nil })
+	received := answerOnce(broker, func([]string) []string { return nil })
 	if _, err := client.Send("echo", frames("first"), time.Second); !errors.Is(err, errTimeout) {
 		t.Fatalf("the first request: %v", err)
 	}
-	late := <-came
-	serveOnce(broker, func(request []string) []string {
+	late := <-received
+	answerOnce(broker, func(request []string) []string {
 		broker.SendMessage(frames(late[0], "", "MDPC01", "echo", "late"))
 		return []string{request[0], "", "MDPC01", "echo", "second"}
 	})
@@ -173,7 +173,7 @@ func TestClientRefusesWhatIsNoReply(t *testing.T) {
 		name  string
 		reply []string
 	}{
-		{"nothing of MDP", []string{"hello"}},
+		{"not MDP", []string{"hello"}},
 		{"one empty frame", []string{""}},
 		{"no service", []string{"", "MDPC01"}},
 		{"another service", []string{"", "MDPC01", "other", "x"}},
@@ -184,7 +184,7 @@ func TestClientRefusesWhatIsNoReply(t *testing.T) {
 			broker, endpoint := bindPeer(t)
 			client := NewClient(context.Background(), endpoint)
 			defer client.Disconnect()
-			serveOnce(broker, func(request []string) []string {
+			answerOnce(broker, func(request []string) []string {
 				return append(request[:1:1], test.reply...)
 			})
 			if reply, err := client.Send("echo", nil, 10*time.Second); !errors.Is(err, errProtocol) {
@@ -198,7 +198,7 @@ func TestRequestsInFlightAreToldApartByAFrameOfTheirOwn(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
 	ended := make(chan struct{})
-	calls := begin(client, 0, "a", "b", "c")
+	calls := beginCalls(client, 0, "a", "b", "c")
 	go func() {
 		defer close(ended)
 		awaitAll(t, client, calls)
@@ -209,7 +209,7 @@ func TestRequestsInFlightAreToldApartByAFrameOfTheirOwn(t *testing.T) {
 		broker.want(requests[i], requests[0][0], requests[i][1], "", "MDPC01", "echo", body)
 	}
 	if a, b := requests[0][1], requests[1][1]; a == "" || a == b {
-		t.Errorf("the frames are %q and %q", a, b)
+		t.Errorf("the correlation frames are %q and %q", a, b)
 	}
 	for _, i := range []int{2, 0, 1} {
 		broker.send(requests[i][0], requests[i][1], "", "MDPC01", "echo", "reply to "+requests[i][5])
@@ -223,11 +223,11 @@ func TestRequestsInFlightAreToldApartByAFrameOfTheirOwn(t *testing.T) {
 	}
 }
 
-func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsNobodys(t *testing.T) {
+func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsDropped(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
-	slow := begin(client, 100*time.Millisecond, "slow")
-	quick := begin(client, 0, "quick")
+	slow := beginCalls(client, 100*time.Millisecond, "slow")
+	quick := beginCalls(client, 0, "quick")
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -241,7 +241,7 @@ func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsNobodys(t *testin
 	broker.send(second[0], second[1], "", "MDPC01", "echo", "reply")
 	<-ended
 	if !errors.Is(slow[0].err, errTimeout) {
-		t.Errorf("the slow one: %v", slow[0].err)
+		t.Errorf("the slow call: %v", slow[0].err)
 	}
 	broker.want(spell(quick[0].reply.Body()), "reply")
 }
@@ -249,90 +249,90 @@ func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsNobodys(t *testin
 func TestCancelEndsWhatHasNotBegunAndNothingElse(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
-	calls := begin(client, 0, "waits", "runs")
-	come := make(chan []string)
+	calls := beginCalls(client, 0, "waits", "runs")
+	received := make(chan []string)
 	go func() {
 		for range 4 {
-			come <- broker.recv()
+			received <- broker.recv()
 		}
 	}()
 	requests := map[string][]string{}
-	for len(requests) < 2 { // they leave in Await
+	for len(requests) < 2 { // Await sends them
 		client.Await(time.Now().Add(10 * time.Millisecond))
 		select {
-		case request := <-come:
+		case request := <-received:
 			requests[request[5]] = request
 		default:
 		}
 	}
-	for _, r := range calls {
-		client.Cancel(r)
+	for _, c := range calls {
+		client.Cancel(c)
 	}
-	late := begin(client, 0, "not sent yet")
+	late := beginCalls(client, 0, "not sent yet")
 	client.Cancel(late[0])
 	for _, body := range []string{"waits", "runs"} {
-		broker.want(<-come, requests[body][0], requests[body][1], "", "MDPC01", "mmi.cancel")
+		broker.want(<-received, requests[body][0], requests[body][1], "", "MDPC01", "mmi.cancel")
 	}
 	broker.send(requests["waits"][0], requests["waits"][1], "", "MDPC01", "mmi.cancel", "200")
 	broker.send(requests["runs"][0], requests["runs"][1], "", "MDPC01", "mmi.cancel", "404")
 	broker.send(requests["runs"][0], requests["runs"][1], "", "MDPC01", "echo", "done")
 	awaitAll(t, client, slices.Concat(calls, late))
 	if calls[0].err != errCancelled || calls[1].err != nil || late[0].err != errCancelled {
-		t.Errorf("they ended with %v, %v and %v", calls[0].err, calls[1].err, late[0].err)
+		t.Errorf("the calls ended with %v, %v and %v", calls[0].err, calls[1].err, late[0].err)
 	}
 }
 
 func TestWhatWasCancelledBeforeItWasSentEndsAtOnce(t *testing.T) {
 	client := newBatchClient(t, "ipc://"+t.TempDir()+"/nobody")
-	calls := begin(client, 0, "a")
+	calls := beginCalls(client, 0, "a")
 	client.Cancel(calls[0])
 	limit := time.Now().Add(20 * time.Second)
 	ended, err := client.Await(limit)
 	if err != nil || !slices.Equal(ended, calls) || time.Now().After(limit) {
-		t.Errorf("%d ended, %v, want the one", len(ended), err)
+		t.Errorf("%d calls ended, %v, want one", len(ended), err)
 	}
 }
 
 func TestConnectionThatBreaksEndsWhatIsInFlightAndTheNextIsSentOverAnother(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
-	calls := begin(client, 0, "a", "b")
-	broker.aside(func() {
+	calls := beginCalls(client, 0, "a", "b")
+	broker.inBackground(func() {
 		broker.RecvMessageBytes(0)
 		broker.RecvMessageBytes(0)
 		broker.Close()
 	})
 	awaitAll(t, client, calls)
-	for _, r := range calls {
-		if !errors.Is(r.err, errLost) {
-			t.Errorf("%v, want errLost", r.err)
+	for _, c := range calls {
+		if !errors.Is(c.err, errLost) {
+			t.Errorf("got %v, want errLost", c.err)
 		}
 	}
 	again := newPeer(t, zmq.ROUTER)
 	if err := again.Bind(endpoint); err != nil {
 		t.Fatal(err)
 	}
-	next := begin(client, 0, "c")
-	serveOnce(again, func(request []string) []string {
+	next := beginCalls(client, 0, "c")
+	answerOnce(again, func(request []string) []string {
 		return []string{request[0], request[1], "", "MDPC01", "echo", "here"}
 	})
 	awaitAll(t, client, next)
 	again.want(spell(next[0].reply.Body()), "here")
 }
 
-func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
+func TestConnectionThatBreaksWhileNothingIsInFlightFailsNoCall(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
-	ask := func(broker peer) {
-		calls := begin(client, 0, "a")
-		came := serveOnce(broker, func(request []string) []string {
+	roundTrip := func(broker peer) {
+		calls := beginCalls(client, 0, "a")
+		received := answerOnce(broker, func(request []string) []string {
 			return []string{request[0], request[1], "", "MDPC01", "echo", "here"}
 		})
 		awaitAll(t, client, calls)
-		<-came
+		<-received
 		broker.want(spell(calls[0].reply.Body()), "here")
 	}
-	ask(broker)
+	roundTrip(broker)
 	broker.Close()
 	for client.link.connected {
 		if _, err := client.Await(time.Now().Add(20 * time.Second)); err != nil {
@@ -343,47 +343,47 @@ func TestConnectionThatBreaksWhileNothingIsInFlightIsNobodysLoss(t *testing.T) {
 	if err := again.Bind(endpoint); err != nil {
 		t.Fatal(err)
 	}
-	ask(again)
+	roundTrip(again)
 }
 
 func TestClientThatHasNothingToAskDoesNotConnect(t *testing.T) {
 	client := newBatchClient(t, "ipc://"+t.TempDir()+"/nobody")
 	if ended, err := client.Await(time.Now()); len(ended) > 0 || err != nil || client.link != nil {
-		t.Errorf("%v, %v, and it is connected: %v", ended, err, client.link != nil)
+		t.Errorf("got %v, %v, connected: %v", ended, err, client.link != nil)
 	}
 }
 
 func TestWhatTimedOutWithoutABrokerIsNotSentToOneThatComes(t *testing.T) {
 	endpoint := "ipc://" + t.TempDir() + "/late"
 	client := newBatchClient(t, endpoint)
-	given := begin(client, 50*time.Millisecond, "given up")
-	patient := begin(client, 0, "patient")
-	awaitAll(t, client, given)
-	if !errors.Is(given[0].err, errNoBroker) {
-		t.Errorf("%v, want errNoBroker", given[0].err)
+	hasty := beginCalls(client, 50*time.Millisecond, "given up")
+	patient := beginCalls(client, 0, "patient")
+	awaitAll(t, client, hasty)
+	if !errors.Is(hasty[0].err, errNoBroker) {
+		t.Errorf("got %v, want errNoBroker", hasty[0].err)
 	}
 	late := newPeer(t, zmq.ROUTER)
 	if err := late.Bind(endpoint); err != nil {
 		t.Fatal(err)
 	}
-	serveOnce(late, func(request []string) []string {
+	answerOnce(late, func(request []string) []string {
 		return []string{request[0], request[1], "", "MDPC01", "echo", "reply to " + request[5]}
 	})
 	awaitAll(t, client, patient)
 	late.want(spell(patient[0].reply.Body()), "reply to patient")
 }
 
-func TestBrokerThatKnowsNoAddressStacksIsFoundOut(t *testing.T) {
+func TestBrokerThatKnowsNoAddressStacksIsDetected(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)
-	calls := begin(client, 0, "a", "b")
-	serveOnce(broker, func(request []string) []string {
+	calls := beginCalls(client, 0, "a", "b")
+	answerOnce(broker, func(request []string) []string {
 		return []string{request[0], "", "MDPC01", "echo", "whose?"}
 	})
 	awaitAll(t, client, calls)
-	for _, r := range calls {
-		if !errors.Is(r.err, errProtocol) || !errors.Is(r.err, errNoCorrelation) {
-			t.Errorf("%v, want errNoCorrelation", r.err)
+	for _, c := range calls {
+		if !errors.Is(c.err, errProtocol) || !errors.Is(c.err, errNoCorrelation) {
+			t.Errorf("got %v, want errNoCorrelation", c.err)
 		}
 	}
 }
@@ -397,13 +397,13 @@ func TestArgumentsComeFromTheCommandLineOrElseFromStandardInput(t *testing.T) {
 	}{
 		{"arguments", requestTool{Args: operands{"a", ""}}, "unread", []string{"a", ""}},
 		{"lines", requestTool{}, "a b\n\nc\r\n\xff\x00", []string{"a b", "", "c\r", "\xff\x00"}},
-		{"last line without an end", requestTool{}, "a\nb", []string{"a", "b"}},
+		{"last line without a newline", requestTool{}, "a\nb", []string{"a", "b"}},
 		{"an empty line", requestTool{}, "\n", []string{""}},
 		{"empty input", requestTool{}, "", []string{}},
 		{"NUL", requestTool{Null: true}, "a\nb\x00\x00c\x00", []string{"a\nb", "", "c"}},
-		{"all of it", requestTool{AllInput: true}, "a\n\x00b\n", []string{"a\n\x00b\n"}},
-		{"all of nothing", requestTool{AllInput: true}, "", []string{""}},
-		{"all of it after arguments", requestTool{AllInput: true, Args: operands{"x"}}, "a\n", []string{"x", "a\n"}},
+		{"all input", requestTool{AllInput: true}, "a\n\x00b\n", []string{"a\n\x00b\n"}},
+		{"all input, empty", requestTool{AllInput: true}, "", []string{""}},
+		{"all input after arguments", requestTool{AllInput: true, Args: operands{"x"}}, "a\n", []string{"x", "a\n"}},
 		{"none", requestTool{NoInput: true}, "unread", []string{}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -414,7 +414,7 @@ func TestArgumentsComeFromTheCommandLineOrElseFromStandardInput(t *testing.T) {
 			}
 			at, _ := stdin.Seek(0, 1)
 			if unread := at == 0; unread != (test.stdin == "" || test.stdin == "unread") {
-				t.Errorf("standard input was read up to byte %d", at)
+				t.Errorf("standard input is at byte %d", at)
 			}
 		})
 	}
@@ -446,8 +446,8 @@ func TestOneFrameIsPrintedAsItIsAndSeveralOneALine(t *testing.T) {
 	}
 }
 
-// BenchmarkRoundTrip is a request through a broker to a service and back, all of them
-// in this process.
+// BenchmarkRoundTrip measures a request and its reply. The client, the broker and the service run in
+// this process.
 func BenchmarkRoundTrip(b *testing.B) {
 	endpoint := startBroker(b, 50*time.Millisecond)
 	startService(b, endpoint, func(_ string, body [][]byte) Reply { return Reply{Output: body} })

@@ -18,82 +18,82 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// Faults, on real processes: what is promised of the broker must hold when workers,
-// clients and the broker itself are killed, stopped or hostile.
+// The tests in this file run real processes. They check what the broker guarantees when workers,
+// clients or the broker itself are killed or stopped, and when peers are hostile.
 
-func TestIdleWorkerThatIsKilledIsMissedByNobody(t *testing.T) {
-	s := newSite(t)
-	victim := s.service("echo", `printf %s "$1"`)
-	s.service("echo", `printf %s "$1"`)
-	s.becomes("backbone_workers", 2)
+func TestIdleWorkerThatIsKilledFailsNoRequest(t *testing.T) {
+	s := newSystem(t)
+	victim := s.startShellService("echo", `printf %s "$1"`)
+	s.startShellService("echo", `printf %s "$1"`)
+	s.waitForMetric("backbone_workers", 2)
 	victim.signal(syscall.SIGKILL)
-	// Until ZeroMQ has seen the end of the connection a request can still be lost in it.
-	s.becomes("backbone_workers", 1)
+	// Until ZeroMQ notices that the connection is closed, a request can be lost in it.
+	s.waitForMetric("backbone_workers", 1)
 	for i := range 20 {
 		s.expect("echo", []string{fmt.Sprint(i)}, fmt.Sprint(i))
 	}
 	if lost, replies := s.metric("backbone_lost_workers_total"), s.metric("backbone_replies_total"); lost != 1 || replies != 20 {
-		t.Errorf("%d workers were lost and %d replies came, want 1 and 20", lost, replies)
+		t.Errorf("%d workers were lost and %d replies received, want 1 and 20", lost, replies)
 	}
 }
 
-func TestBusyWorkerThatIsKilledFailsItsClientAtOnceAndIsNotRepeated(t *testing.T) {
-	s, _ := newHangSite(t)
-	victim := s.service("hang", hang)
-	s.service("hang", hang)
-	s.becomes("backbone_workers", 2)
+func TestRequestOfAKilledWorkerFailsAtOnceAndIsNotRedelivered(t *testing.T) {
+	s, _ := newHangingSystem(t)
+	victim := s.startShellService("hang", hang)
+	s.startShellService("hang", hang)
+	s.waitForMetric("backbone_workers", 2)
 	request := s.start("brequest", "hang", "once")
-	s.started(1)
+	s.waitForRuns(1)
 	victim.signal(syscall.SIGKILL)
-	if got := request.status(); got != 69 {
+	if got := request.waitForExit(); got != 69 {
 		t.Errorf("status %d, want 69", got)
 	}
 	if runs := s.runs("runs"); len(runs) != 1 || s.metric("backbone_lost_workers_total") != 1 {
-		t.Errorf("runs %q, want one", runs)
+		t.Errorf("the runs are %q, want one", runs)
 	}
 }
 
-func TestBusyWorkerThatIsKilledIsRepeatedWhereAskedFor(t *testing.T) {
-	s, release := newHangSite(t, "--redeliver", "1")
-	victim := s.service("hang", hang)
-	s.becomes("backbone_workers", 1)
+func TestRequestOfAKilledWorkerIsRedeliveredIfAllowed(t *testing.T) {
+	s, release := newHangingSystem(t, "--redeliver", "1")
+	victim := s.startShellService("hang", hang)
+	s.waitForMetric("backbone_workers", 1)
 	request := s.start("brequest", "hang", "twice")
-	s.started(1)
+	s.waitForRuns(1)
 	victim.signal(syscall.SIGKILL)
-	s.service("hang", hang)
-	s.started(2)
+	s.startShellService("hang", hang)
+	s.waitForRuns(2)
 	release()
-	if got := request.status(); got != 0 {
+	if got := request.waitForExit(); got != 0 {
 		t.Errorf("status %d, want 0", got)
 	}
 	if runs := s.runs("runs"); !slices.Equal(runs, []string{"twice", "twice"}) || s.metric("backbone_redelivered_total") != 1 {
-		t.Errorf("runs %q, want two", runs)
+		t.Errorf("the runs are %q, want two", runs)
 	}
 }
 
 func TestBusyWorkerThatIsStoppedFailsItsClientAndComesBackWhenItGoesOn(t *testing.T) {
-	s, release := newHangSite(t, "-v")
-	victim := s.service("hang", hang)
+	s, release := newHangingSystem(t, "-v")
+	victim := s.startShellService("hang", hang)
 	request := s.start("brequest", "hang", "once")
-	s.started(1)
-	s.broker.says(1, "kind=MDPC01 service=hang")
-	s.broker.says(5, "kind=HEARTBEAT") // while busy: now it must go on
+	s.waitForRuns(1)
+	s.broker.waitForLines(1, "kind=MDPC01 service=hang")
+	s.broker.waitForLines(5, "kind=HEARTBEAT") // while busy; from now on the broker expects them
 	victim.signal(syscall.SIGSTOP)
-	if got := request.status(); got != 69 {
+	if got := request.waitForExit(); got != 69 {
 		t.Errorf("status %d, want 69", got)
 	}
 	release()
 	victim.signal(syscall.SIGCONT)
 	s.expect("hang", []string{"again"}, "done")
 	if runs := s.runs("runs"); !slices.Equal(runs, []string{"again", "once"}) {
-		t.Errorf("runs %q", runs)
+		t.Errorf("the runs are %q", runs)
 	}
 }
 
 func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
-	s := newSite(t)
+	s := newSystem(t)
 	for range 4 {
-		s.service("echo", `printf %s "$1"`)
+		s.startShellService("echo", `printf %s "$1"`)
 	}
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -111,7 +111,7 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 				}
 				body := fmt.Sprintf("%d.%d", c, i)
 				reply, err := client.Send("echo", frames(body), 5*time.Second)
-				outcome := "a wrong answer"
+				outcome := "a wrong reply"
 				switch {
 				case err == nil && slices.Equal(spell(reply.Body()), []string{body}):
 					outcome = "right"
@@ -131,10 +131,10 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 	for range 2 {
 		s.expect("echo", []string{"before"}, "before")
 		s.broker.signal(syscall.SIGKILL)
-		s.broker.status()
+		s.broker.waitForExit()
 		s.broker = s.start("bbroker", "--heartbeat", "100ms")
 		begin := time.Now()
-		s.becomes("backbone_workers", 4)
+		s.waitForMetric("backbone_workers", 4)
 		if took := time.Since(begin); took > 2*time.Second {
 			t.Errorf("the workers were back after %v, want 2s", took)
 		}
@@ -142,7 +142,7 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 	s.expect("echo", []string{"after"}, "after")
 	close(stop)
 	wg.Wait()
-	if outcomes["a wrong answer"] > 0 || outcomes["right"] == 0 || outcomes["69"] == 0 {
+	if outcomes["a wrong reply"] > 0 || outcomes["right"] == 0 || outcomes["69"] == 0 {
 		t.Errorf("outcomes %v", outcomes)
 	}
 	t.Logf("outcomes %v", outcomes)
@@ -151,9 +151,9 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
 	t.Parallel()
 	const total = 2000
-	s := newSite(t)
-	record := func() *running { return s.service("record", `echo "$1" >>runs; printf %s "$1"`) }
-	workers := []*running{record(), record(), record()}
+	s := newSystem(t)
+	record := func() *childProcess { return s.startShellService("record", `echo "$1" >>runs; printf %s "$1"`) }
+	workers := []*childProcess{record(), record(), record()}
 
 	numbers := make(chan int)
 	var wg sync.WaitGroup
@@ -173,7 +173,7 @@ func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
 	restarts := 0
 	for n := range total {
 		numbers <- n
-		if n%200 == 100 { // one of them, while the requests go on
+		if n%200 == 100 { // replace a worker while requests are in flight
 			w := &workers[restarts%len(workers)]
 			old := *w
 			*w = record()
@@ -193,42 +193,42 @@ func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
 }
 
 func TestClientThatIsTerminatedWhileQueuedTakesItsRequestBack(t *testing.T) {
-	s := newSite(t)
+	s := newSystem(t)
 	request := s.start("brequest", "record", "unwanted")
-	s.becomes("backbone_queue_length", 1)
+	s.waitForMetric("backbone_queue_length", 1)
 	request.signal(syscall.SIGTERM)
-	if got := request.status(); got != 143 {
+	if got := request.waitForExit(); got != 143 {
 		t.Errorf("status %d, want 143", got)
 	}
-	s.becomes("backbone_cancelled_total", 1)
-	s.service("record", `echo "$1" >>runs; printf %s "$1"`)
+	s.waitForMetric("backbone_cancelled_total", 1)
+	s.startShellService("record", `echo "$1" >>runs; printf %s "$1"`)
 	s.expect("record", []string{"wanted"}, "wanted")
 	if runs := s.runs("runs"); !slices.Equal(runs, []string{"wanted"}) {
-		t.Errorf("runs %q", runs)
+		t.Errorf("the runs are %q", runs)
 	}
 }
 
-func TestClientThatIsKilledWhileQueuedLosesItsReplyAndNobodyNotices(t *testing.T) {
-	s := newSite(t)
+func TestClientThatIsKilledWhileQueuedLosesOnlyItsReply(t *testing.T) {
+	s := newSystem(t)
 	request := s.start("brequest", "record", "nobodys")
-	s.becomes("backbone_queue_length", 1)
+	s.waitForMetric("backbone_queue_length", 1)
 	request.signal(syscall.SIGKILL)
-	request.status()
-	s.service("record", `echo "$1" >>runs; printf %s "$1"`)
+	request.waitForExit()
+	s.startShellService("record", `echo "$1" >>runs; printf %s "$1"`)
 	s.expect("record", []string{"mine"}, "mine")
 	if runs := s.runs("runs"); !slices.Equal(runs, []string{"mine", "nobodys"}) {
-		t.Errorf("runs %q", runs)
+		t.Errorf("the runs are %q", runs)
 	}
-	s.becomes("backbone_dropped_replies_total", 1)
+	s.waitForMetric("backbone_dropped_replies_total", 1)
 }
 
 func TestPipelinedRequestsAreAllAnswered(t *testing.T) {
 	const total = 2000
-	s := newSite(t)
+	s := newSystem(t)
 	for range 4 {
 		s.start("echoworker", "echo")
 	}
-	s.becomes("backbone_workers", 4)
+	s.waitForMetric("backbone_workers", 4)
 	client := connectPeer(t, zmq.DEALER, s.endpoint)
 	for i := range total {
 		client.send(fmt.Sprint(i), "", "MDPC01", "echo", fmt.Sprint("body ", i))
@@ -240,16 +240,16 @@ func TestPipelinedRequestsAreAllAnswered(t *testing.T) {
 		seen[reply[0]] = true
 	}
 	if len(seen) != total {
-		t.Errorf("%d different replies, want %d", len(seen), total)
+		t.Errorf("got %d different replies, want %d", len(seen), total)
 	}
 }
 
 func TestClientThatNeverReadsHoldsUpNobody(t *testing.T) {
-	s := newSite(t)
+	s := newSystem(t)
 	for range 2 {
 		s.start("echoworker", "echo")
 	}
-	s.becomes("backbone_workers", 2)
+	s.waitForMetric("backbone_workers", 2)
 	deaf := newPeer(t, zmq.DEALER)
 	if err := errors.Join(deaf.SetRcvhwm(1), deaf.SetRcvbuf(4096), deaf.Connect(s.endpoint)); err != nil {
 		t.Fatal(err)
@@ -262,65 +262,65 @@ func TestClientThatNeverReadsHoldsUpNobody(t *testing.T) {
 			s.expect("echo", []string{"others"}, "others")
 		}
 	}
-	s.becomes("backbone_replies_total", total+total/500)
+	s.waitForMetric("backbone_replies_total", total+total/500)
 	s.expect("echo", []string{"others"}, "others")
 	if dropped := s.metric("backbone_dropped_replies_total"); dropped == 0 || dropped > total {
 		t.Errorf("%d replies were dropped", dropped)
 	}
 }
 
-func TestStoppedBrokerAwaitsRepliesAndTellsTheRest(t *testing.T) {
-	s, release := newHangSite(t, "-v")
-	s.service("hang", hang)
+func TestStoppedBrokerAwaitsRepliesAndRefusesTheRest(t *testing.T) {
+	s, release := newHangingSystem(t, "-v")
+	s.startShellService("hang", hang)
 	running := s.start("brequest", "hang", "running")
-	s.started(1)
+	s.waitForRuns(1)
 	waiting := s.start("brequest", "hang", "waiting")
-	s.becomes("backbone_queue_length", 1)
+	s.waitForMetric("backbone_queue_length", 1)
 	s.broker.signal(syscall.SIGTERM)
-	if got := waiting.status(); got != 75 {
+	if got := waiting.waitForExit(); got != 75 {
 		t.Errorf("the waiting request: status %d, want 75", got)
 	}
-	if got := s.start("brequest", "hang", "new").status(); got != 75 {
+	if got := s.start("brequest", "hang", "new").waitForExit(); got != 75 {
 		t.Errorf("a new request: status %d, want 75", got)
 	}
 	release()
-	if got := running.status(); got != 0 {
+	if got := running.waitForExit(); got != 0 {
 		t.Errorf("the running request: status %d, want 0", got)
 	}
-	if got := s.broker.status(); got != 0 {
+	if got := s.broker.waitForExit(); got != 0 {
 		t.Errorf("the broker: status %d, want 0", got)
 	}
 }
 
 func TestStoppedBrokerDoesNotWaitLongerThanItsGrace(t *testing.T) {
-	s, _ := newHangSite(t, "--grace", "200ms")
-	s.service("hang", hang)
+	s, _ := newHangingSystem(t, "--grace", "200ms")
+	s.startShellService("hang", hang)
 	running := s.start("brequest", "hang", "running")
-	s.started(1)
+	s.waitForRuns(1)
 	s.broker.signal(syscall.SIGTERM)
-	if got := running.status(); got != 75 {
+	if got := running.waitForExit(); got != 75 {
 		t.Errorf("the running request: status %d, want 75", got)
 	}
-	if got := s.broker.status(); got != 0 {
+	if got := s.broker.waitForExit(); got != 0 {
 		t.Errorf("the broker: status %d, want 0", got)
 	}
 }
 
 func TestSecondSignalEndsTheBrokerAtOnce(t *testing.T) {
-	s, _ := newHangSite(t, "--grace", "1h", "-v")
-	s.service("hang", hang)
+	s, _ := newHangingSystem(t, "--grace", "1h", "-v")
+	s.startShellService("hang", hang)
 	running := s.start("brequest", "hang", "running")
-	s.started(1)
+	s.waitForRuns(1)
 	s.broker.signal(syscall.SIGTERM)
-	// Its first request that is refused tells that the first signal was taken.
-	if got := s.start("brequest", "hang", "new").status(); got != 75 {
+	// The broker refuses a request once it has handled the first signal.
+	if got := s.start("brequest", "hang", "new").waitForExit(); got != 75 {
 		t.Errorf("a new request: status %d, want 75", got)
 	}
 	s.broker.signal(syscall.SIGTERM)
-	if got := s.broker.status(); got != 143 {
+	if got := s.broker.waitForExit(); got != 143 {
 		t.Errorf("the broker: status %d, want 143", got)
 	}
-	if got := running.status(); got != 69 {
+	if got := running.waitForExit(); got != 69 {
 		t.Errorf("the running request: status %d, want 69", got)
 	}
 }
@@ -347,19 +347,19 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 	}
 	endpoint := strings.TrimSpace(string(line[:n]))
 	address := strings.TrimPrefix(endpoint, "tcp://")
-	s := &site{t: t, dir: dir, endpoint: endpoint}
+	s := &system{t: t, dir: dir, endpoint: endpoint}
 	s.start("echoworker", "echo")
 	normal := func() {
 		t.Helper()
 		s.expect("echo", []string{"normal"}, "normal")
 	}
 	normal()
-	before := memory(t, broker.Process.Pid, "VmRSS")
+	before := processMemory(t, broker.Process.Pid, "VmRSS")
 
-	// Each message comes from a peer of its own. It is followed by a question, whose
-	// answer tells that the broker has read it.
+	// Each message is sent by a peer of its own, which then sends a request. Its reply shows that the
+	// broker has read the message.
 	messages := []struct {
-		why    string // it must log
+		why    string // the reason in the log; empty if none is logged
 		frames []string
 	}{
 		{"no MDPC01 or MDPW01", []string{""}},
@@ -374,31 +374,31 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 		{"unknown command", []string{"", "MDPW01", "\x06"}},
 		{"no empty frame", []string{"", "MDPW01", "\x03", "token"}},
 		{"the name is the broker's own", []string{"", "MDPW01", "\x01", "mmi.x"}},
-		{"the broker is shutting down", []string{"", "MDPC01", "\x01", "echo"}}, // a name like any other
+		{"the broker is shutting down", []string{"", "MDPC01", "\x01", "echo"}}, // READY sent as a client: a request for the service "\x01"
 		{"", []string{"", "MDPW01", "\x02", "token", "", "x"}},
 		{"", []string{"", "MDPW01", "\x03", "token", "", "x"}},
 		{"", []string{"", "MDPW01", "\x05", "and", "more"}},
 		{"", append([]string{"", "MDPC01", "mmi.x"}, slices.Repeat([]string{"x"}, 300)...)},
 	}
 	for i, m := range messages {
-		peer := newPeer(t, zmq.DEALER)
-		if err := errors.Join(peer.SetIdentity(fmt.Sprint("hostile", i, ".")), peer.Connect(endpoint)); err != nil {
+		hostile := newPeer(t, zmq.DEALER)
+		if err := errors.Join(hostile.SetIdentity(fmt.Sprint("hostile", i, ".")), hostile.Connect(endpoint)); err != nil {
 			t.Fatal(err)
 		}
 		for range 3 {
-			peer.send(m.frames...)
+			hostile.send(m.frames...)
 		}
-		peer.send("", "MDPC01", "mmi.service", "echo")
-		for !slices.Equal(peer.recv(), []string{"", "MDPC01", "mmi.service", "200"}) {
+		hostile.send("", "MDPC01", "mmi.service", "echo")
+		for !slices.Equal(hostile.recv(), []string{"", "MDPC01", "mmi.service", "200"}) {
 		}
-		peer.Close()
+		hostile.Close()
 		normal()
 	}
 
 	long := make([]byte, 1<<17)
 	for _, attack := range []struct {
 		name   string
-		closed bool // by the broker, at once; the others have half a minute to go on
+		closed bool // by the broker, at once; it gives the others half a minute
 		begin  func() net.Conn
 	}{
 		{"random bytes", false, func() net.Conn {
@@ -418,7 +418,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 			return conn
 		}},
 		{"a frame over the limit", true, func() net.Conn {
-			conn, err := zmtp(address)
+			conn, err := dialZMTP(address)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -426,7 +426,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 			return conn
 		}},
 		{"a frame that never ends", true, func() net.Conn {
-			conn, err := zmtp(address)
+			conn, err := dialZMTP(address)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -451,7 +451,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 			normal()
 		})
 	}
-	if after := memory(t, broker.Process.Pid, "VmRSS"); after > before+8<<20 {
+	if after := processMemory(t, broker.Process.Pid, "VmRSS"); after > before+8<<20 {
 		t.Errorf("the broker grew from %d to %d bytes", before, after)
 	}
 

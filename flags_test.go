@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-func TestFlagsBeatTheEnvironmentAndEndpointsBeatHostAndPort(t *testing.T) {
+func TestFlagsOverrideTheEnvironmentAndEndpointsOverrideHostAndPort(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		env   map[string]string
@@ -21,9 +21,9 @@ func TestFlagsBeatTheEnvironmentAndEndpointsBeatHostAndPort(t *testing.T) {
 		{"IPv6 in brackets", nil, commonFlags{Host: "[::1]"}, "tcp://[::1]:5555"},
 		{"endpoint", nil, commonFlags{Broker: []string{"ipc:///b"}, Host: "h", Port: "1"}, "ipc:///b"},
 		{"environment", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{}, "tcp://h:1"},
-		{"half of it", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"port over the environment", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{Port: "2"}, "tcp://h:2"},
 		{"endpoint of the environment", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{}, "ipc:///b"},
-		{"flag against it", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"port over the endpoint of the environment", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{Port: "2"}, "tcp://h:2"},
 		{"empty environment", map[string]string{"BROKER": "", "HOST": "", "PORT": ""}, commonFlags{}, "tcp://127.0.0.1:5555"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -112,7 +112,7 @@ func TestFlagsEndAtTheFirstArgument(t *testing.T) {
 		var tool requestTool
 		_, err := newParser(&tool).Parse(test.args)
 		if err != nil || tool.Name != test.name || !slices.Equal(tool.Args, test.rest) {
-			t.Errorf("%q: %q asks %q, %v", test.args, tool.Name, tool.Args, err)
+			t.Errorf("%q: got name %q, arguments %q, %v", test.args, tool.Name, tool.Args, err)
 		}
 	}
 }

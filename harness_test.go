@@ -25,89 +25,25 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// A fakeRouter is a broker without a socket: it records what the broker sends, and
-// its clock goes only when told to.
-type fakeRouter struct {
-	*Broker
-	t      *testing.T
-	sent   [][]string       // since the last call of expect
-	failed map[string]error // identities that cannot be sent to
-	log    strings.Builder
-	clock  time.Time
-}
-
-var testFlags = brokerFlags{
-	heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
-	QueueTTL:       time.Minute,
-	MaxQueue:       10,
-	MaxMemory:      1 << 20,
-}
-
-func newFakeRouter(t *testing.T) *fakeRouter {
-	r := &fakeRouter{t: t, failed: map[string]error{}, clock: time.Unix(0, 0)}
-	send := func(frames [][]byte) error {
-		if err := r.failed[string(frames[0])]; err != nil {
-			return err
-		}
-		r.sent = append(r.sent, spell(frames))
-		return nil
+// frames returns a message with the given frames.
+func frames(spelled ...string) [][]byte {
+	message := make([][]byte, len(spelled))
+	for i, frame := range spelled {
+		message[i] = []byte(frame)
 	}
-	r.Broker = NewBroker(testFlags, r.clock, send, slog.New(slog.NewTextHandler(&r.log, nil)))
-	r.Tick(r.clock)
-	return r
+	return message
 }
 
-// from lets the broker receive a message of a peer's.
-func (r *fakeRouter) from(spelled ...string) {
-	r.t.Helper()
-	r.Receive(frames(spelled...), r.clock)
+// spell is the inverse of frames.
+func spell(message [][]byte) []string {
+	spelled := make([]string, len(message))
+	for i, frame := range message {
+		spelled[i] = string(frame)
+	}
+	return spelled
 }
 
-// pass lets n heartbeats go by.
-func (r *fakeRouter) pass(n int) {
-	for range n {
-		r.clock = r.clock.Add(time.Second)
-		r.Tick(r.clock)
-	}
-}
-
-// expect checks what was sent since the last time, in this order. A frame of "*"
-// stands for any; those are returned, in order.
-func (r *fakeRouter) expect(want ...[]string) (wild []string) {
-	r.t.Helper()
-	if len(r.sent) != len(want) {
-		r.t.Fatalf("the broker sent %q, want %q", r.sent, want)
-	}
-	for i := range want {
-		if len(r.sent[i]) != len(want[i]) {
-			r.t.Fatalf("the broker sent %q, want %q", r.sent[i], want[i])
-		}
-		for j, frame := range want[i] {
-			if frame == "*" {
-				wild = append(wild, r.sent[i][j])
-			} else if frame != r.sent[i][j] {
-				r.t.Fatalf("the broker sent %q, want %q", r.sent[i], want[i])
-			}
-		}
-	}
-	r.sent = nil
-	return wild
-}
-
-// expectLog checks that the log has a line with each of the words.
-func (r *fakeRouter) expectLog(count int, words ...string) {
-	r.t.Helper()
-	n := 0
-	for line := range strings.Lines(r.log.String()) {
-		if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
-			n++
-		}
-	}
-	if n != count {
-		r.t.Errorf("%d lines with %q in the log, want %d:\n%s", n, words, count, &r.log)
-	}
-}
-
+// toWorker returns a REQUEST as the broker sends it to a worker.
 func toWorker(identity, token string, body ...string) []string {
 	return append([]string{identity, "", "MDPW01", "\x02", token, ""}, body...)
 }
@@ -115,34 +51,9 @@ func toWorker(identity, token string, body ...string) []string {
 func heartbeatTo(identity string) []string  { return []string{identity, "", "MDPW01", "\x04"} }
 func disconnectTo(identity string) []string { return []string{identity, "", "MDPW01", "\x05"} }
 
-var errGone = errors.New("no route to host")
+var heartbeatFrames = []string{"", "MDPW01", "\x04"}
 
-// startBroker runs a broker's loop until the end of the test.
-func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
-	t.Helper()
-	socket, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	stop, cancel := context.WithCancel(context.Background())
-	ended := make(chan error)
-	go func() {
-		rules := testFlags
-		rules.heartbeatFlags = heartbeatFlags{Heartbeat: heartbeat, Liveness: 100}
-		err := serve(stop, socket, rules, time.Second, slog.New(slog.DiscardHandler))
-		socket.Close()
-		ended <- err
-	}()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("the broker ended with %v", err)
-		}
-	})
-	return bound[0]
-}
-
-// A peer is a raw socket of a test.
+// A peer is a raw ZeroMQ socket of a test. Its methods fail the test after an error or ten seconds.
 type peer struct {
 	*zmq.Socket
 	t testing.TB
@@ -170,6 +81,20 @@ func connectPeer(t testing.TB, kind zmq.Type, endpoint string) peer {
 	return p
 }
 
+// bindPeer returns a ROUTER to act as a broker, and its endpoint.
+func bindPeer(t *testing.T) (peer, string) {
+	t.Helper()
+	p := newPeer(t, zmq.ROUTER)
+	if err := p.Bind("tcp://127.0.0.1:*"); err != nil {
+		t.Fatal(err)
+	}
+	endpoint, err := p.GetLastEndpoint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, endpoint
+}
+
 func (p peer) send(spelled ...string) {
 	p.t.Helper()
 	if _, err := p.SendMessage(frames(spelled...)); err != nil {
@@ -186,9 +111,39 @@ func (p peer) recv() []string {
 	return spell(message)
 }
 
-// aside lets another goroutine use the peer, which is done with it before it is closed at
-// the end of the test: ZeroMQ crashes where two use a socket.
-func (p peer) aside(use func()) {
+// recvSkipping returns the next message that is not equal to skip.
+func (p peer) recvSkipping(skip ...string) []string {
+	p.t.Helper()
+	for {
+		if message := p.recv(); !reflect.DeepEqual(message, skip) {
+			return message
+		}
+	}
+}
+
+// nextFromWorker returns the next message that is not a heartbeat, and the identity of the worker
+// that sent it.
+func (p peer) nextFromWorker() (identity string, message []string) {
+	p.t.Helper()
+	for {
+		message := p.recv()
+		if !reflect.DeepEqual(message[1:], heartbeatFrames) {
+			return message[0], message[1:]
+		}
+	}
+}
+
+// want fails the test unless got and want are equal.
+func (p peer) want(got []string, want ...string) {
+	p.t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		p.t.Fatalf("got %q, want %q", got, want)
+	}
+}
+
+// inBackground runs use in another goroutine. The socket is not closed before use has returned:
+// ZeroMQ crashes if two threads use a socket at the same time.
+func (p peer) inBackground(use func()) {
 	ended := make(chan struct{})
 	p.t.Cleanup(func() { <-ended })
 	go func() {
@@ -197,79 +152,186 @@ func (p peer) aside(use func()) {
 	}()
 }
 
-// recvBut receives the next message that is not this one.
-func (p peer) recvBut(but ...string) []string {
-	p.t.Helper()
-	for {
-		if message := p.recv(); !reflect.DeepEqual(message, but) {
-			return message
-		}
-	}
-}
-
-func (p peer) want(got []string, want ...string) {
-	p.t.Helper()
-	if !reflect.DeepEqual(got, want) {
-		p.t.Fatalf("got %q, want %q", got, want)
-	}
-}
-
-var heartbeatFrames = []string{"", "MDPW01", "\x04"}
-
-func cpuTime(who int) time.Duration {
-	var usage syscall.Rusage
-	syscall.Getrusage(who, &usage)
-	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-}
-
-// workerFleet is a program: it registers many workers at a TCP address, without libzmq,
-// and sends a heartbeat of each for each byte on standard input. It reads nothing but
-// what the kernel takes from it.
-func workerFleet() {
-	n, _ := strconv.Atoi(os.Args[2])
-	fleet := make([]net.Conn, n)
-	for i := range fleet {
-		conn, err := zmtp(os.Args[1])
-		if err != nil {
-			fmt.Fprintln(os.Stderr, "workerfleet:", err)
-			os.Exit(1)
-		}
-		conn.Write([]byte("\x01\x00\x01\x06MDPW01\x01\x01\x01\x00\x04echo"))
-		go io.Copy(io.Discard, conn)
-		fleet[i] = conn
-	}
-	for one := make([]byte, 1); ; {
-		if _, err := os.Stdin.Read(one); err != nil {
-			return
-		}
-		for _, conn := range fleet {
-			conn.Write([]byte("\x01\x00\x01\x06MDPW01\x00\x01\x04"))
-		}
-	}
-}
-
-// serveOnce lets a raw broker answer the next request with what reply makes of it. It
-// returns the request when it was answered. It knows nothing of mmi.cancel.
-func serveOnce(broker peer, reply func(request []string) []string) <-chan []string {
-	came := make(chan []string, 1)
-	broker.aside(func() {
+// answerOnce receives one request in the background and sends the answer that reply returns, if any.
+// Then it delivers the request, or closes the channel if none was received. It ignores mmi.cancel.
+func answerOnce(broker peer, reply func(request []string) []string) <-chan []string {
+	received := make(chan []string, 1)
+	broker.inBackground(func() {
 		request, err := broker.RecvMessageBytes(0)
 		for err == nil && string(request[3]) == "mmi.cancel" {
 			request, err = broker.RecvMessageBytes(0)
 		}
 		if err != nil {
-			close(came)
+			close(received)
 			return
 		}
 		if answer := reply(spell(request)); answer != nil {
 			broker.SendMessage(frames(answer...))
 		}
-		came <- spell(request)
+		received <- spell(request)
 	})
-	return came
+	return received
 }
 
-// newBatchClient makes a client for many requests at once.
+// dialZMTP connects to a TCP address and shakes hands as a DEALER, without libzmq: ZMTP 3.0,
+// mechanism NULL.
+func dialZMTP(address string) (net.Conn, error) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	greeting := make([]byte, 64)
+	greeting[0], greeting[9], greeting[10] = 0xff, 0x7f, 3
+	copy(greeting[12:], "NULL")
+	ready := "\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
+	conn.Write(greeting)
+	if _, err := io.ReadFull(conn, make([]byte, len(greeting))); err != nil {
+		return nil, err
+	}
+	conn.Write(append([]byte{4, byte(len(ready))}, ready...))
+	theirs := make([]byte, 2)
+	if _, err := io.ReadFull(conn, theirs); err != nil {
+		return nil, err
+	}
+	_, err = io.ReadFull(conn, make([]byte, theirs[1]))
+	return conn, err
+}
+
+// A fakeRouter is a broker without a socket: it records what the broker sends, and its clock goes
+// only when told to.
+type fakeRouter struct {
+	*Broker
+	t      *testing.T
+	sent   [][]string       // since the last call of expect
+	failed map[string]error // of sends, by identity
+	log    strings.Builder
+	clock  time.Time
+}
+
+var testFlags = brokerFlags{
+	heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
+	QueueTTL:       time.Minute,
+	MaxQueue:       10,
+	MaxMemory:      1 << 20,
+}
+
+func newFakeRouter(t *testing.T) *fakeRouter {
+	r := &fakeRouter{t: t, failed: map[string]error{}, clock: time.Unix(0, 0)}
+	send := func(frames [][]byte) error {
+		if err := r.failed[string(frames[0])]; err != nil {
+			return err
+		}
+		r.sent = append(r.sent, spell(frames))
+		return nil
+	}
+	r.Broker = NewBroker(testFlags, r.clock, send, slog.New(slog.NewTextHandler(&r.log, nil)))
+	r.Tick(r.clock)
+	return r
+}
+
+// from lets the broker receive a message. The first frame is the identity of the sender.
+func (r *fakeRouter) from(spelled ...string) {
+	r.t.Helper()
+	r.Receive(frames(spelled...), r.clock)
+}
+
+// pass advances the clock by n heartbeat intervals.
+func (r *fakeRouter) pass(n int) {
+	for range n {
+		r.clock = r.clock.Add(time.Second)
+		r.Tick(r.clock)
+	}
+}
+
+// expect checks the messages sent since its last call, in order. A wanted frame "*" matches any
+// frame. expect returns the frames matched in this way.
+func (r *fakeRouter) expect(want ...[]string) (wild []string) {
+	r.t.Helper()
+	if len(r.sent) != len(want) {
+		r.t.Fatalf("the broker sent %q, want %q", r.sent, want)
+	}
+	for i := range want {
+		if len(r.sent[i]) != len(want[i]) {
+			r.t.Fatalf("the broker sent %q, want %q", r.sent[i], want[i])
+		}
+		for j, frame := range want[i] {
+			if frame == "*" {
+				wild = append(wild, r.sent[i][j])
+			} else if frame != r.sent[i][j] {
+				r.t.Fatalf("the broker sent %q, want %q", r.sent[i], want[i])
+			}
+		}
+	}
+	r.sent = nil
+	return wild
+}
+
+// expectLog checks that count lines of the log contain all of the words.
+func (r *fakeRouter) expectLog(count int, words ...string) {
+	r.t.Helper()
+	n := 0
+	for line := range strings.Lines(r.log.String()) {
+		if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+			n++
+		}
+	}
+	if n != count {
+		r.t.Errorf("%d lines of the log contain %q, want %d:\n%s", n, words, count, &r.log)
+	}
+}
+
+var errGone = errors.New("no route to host")
+
+// startBroker runs a broker in this process until the end of the test. It returns the endpoint.
+func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
+	t.Helper()
+	router, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() {
+		flags := testFlags
+		flags.heartbeatFlags = heartbeatFlags{Heartbeat: heartbeat, Liveness: 100}
+		err := runBroker(stop, router, flags, time.Second, slog.New(slog.DiscardHandler))
+		router.Close()
+		ended <- err
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("the broker ended with %v", err)
+		}
+	})
+	return bound[0]
+}
+
+// startService runs the service echo in this process until stop is called or the test ends.
+func startService(t testing.TB, endpoint string, handler Handler) (stop func()) {
+	t.Helper()
+	s := Service{
+		Name:           "echo",
+		Endpoint:       endpoint,
+		Handler:        handler,
+		heartbeatFlags: heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100},
+		console:        console{quiet: true},
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(ctx) }()
+	stop = func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("the service ended with %v", err)
+		}
+		ended <- nil // for the next call
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// newBatchClient returns a client that can have many requests in flight.
 func newBatchClient(t *testing.T, endpoint string) *Client {
 	client := NewClient(context.Background(), endpoint)
 	client.caller.correlated = true
@@ -277,32 +339,32 @@ func newBatchClient(t *testing.T, endpoint string) *Client {
 	return client
 }
 
-// begin begins a request for each body.
-func begin(client *Client, timeout time.Duration, bodies ...string) []*call {
+// beginCalls begins a call of the service echo for each body.
+func beginCalls(client *Client, timeout time.Duration, bodies ...string) []*call {
 	var calls []*call
 	for _, body := range bodies {
-		r := &call{service: "echo", body: frames(body), timeout: timeout}
-		client.Begin(r)
-		calls = append(calls, r)
+		c := &call{service: "echo", body: frames(body), timeout: timeout}
+		client.Begin(c)
+		calls = append(calls, c)
 	}
 	return calls
 }
 
-// awaitAll waits until all of the requests have ended.
+// awaitAll waits until all the calls have ended.
 func awaitAll(t *testing.T, client *Client, calls []*call) {
 	t.Helper()
 	limit := time.Now().Add(20 * time.Second)
-	for slices.ContainsFunc(calls, func(r *call) bool { return !r.ended }) {
+	for slices.ContainsFunc(calls, func(c *call) bool { return !c.ended }) {
 		if _, err := client.Await(limit); err != nil {
 			t.Fatal(err)
 		}
 		if time.Now().After(limit) {
-			t.Fatal("some requests do not end")
+			t.Fatal("some calls did not end")
 		}
 	}
 }
 
-// fileWith opens a file with that content, at its beginning.
+// fileWith returns a new file with the given content, open at its start.
 func fileWith(t *testing.T, content string) *os.File {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "file")
@@ -317,18 +379,46 @@ func fileWith(t *testing.T, content string) *os.File {
 	return file
 }
 
-// A running tool is one of ours that a test started.
-type running struct {
+func newFifo(t *testing.T) string {
+	t.Helper()
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return fifo
+}
+
+// captureStderr runs f and returns what this process writes to standard error meanwhile.
+func captureStderr(t *testing.T, f func()) string {
+	t.Helper()
+	file, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	defer func(stderr *os.File) { os.Stderr = stderr }(os.Stderr)
+	os.Stderr = file
+	f()
+	written, err := os.ReadFile(file.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(written)
+}
+
+// A childProcess is a program that a test started.
+type childProcess struct {
 	*exec.Cmd
 	t     testing.TB
-	lines chan string // of its standard error; the test may look or not
+	lines chan string // of standard error; dropped when full
 	ended chan struct{}
 }
 
-// start runs a tool until the end of the test, in dir, with the broker at endpoint.
-func start(t testing.TB, dir, endpoint, name string, args ...string) *running {
+// start starts a program in dir that uses the broker at endpoint. It is killed at the end of the
+// test.
+func start(t testing.TB, dir, endpoint, name string, args ...string) *childProcess {
 	t.Helper()
-	p := &running{Cmd: exec.Command(name, args...), t: t, lines: make(chan string, 1<<16), ended: make(chan struct{})}
+	p := &childProcess{Cmd: exec.Command(name, args...), t: t, lines: make(chan string, 1<<16), ended: make(chan struct{})}
 	p.Dir = dir
 	p.Env = append(os.Environ(), "BACKBONE_BROKER="+endpoint, "GORACE=atexit_sleep_ms=0")
 	stderr, err := p.StderrPipe()
@@ -355,8 +445,15 @@ func start(t testing.TB, dir, endpoint, name string, args ...string) *running {
 	return p
 }
 
-// says waits for a line of the process's standard error that matches, n times.
-func (p *running) says(n int, pattern string) {
+func scanLines(r io.Reader, each func(string)) {
+	scanner := bufio.NewScanner(r)
+	for scanner.Scan() {
+		each(scanner.Text())
+	}
+}
+
+// waitForLines reads standard error until n lines have matched the pattern.
+func (p *childProcess) waitForLines(n int, pattern string) {
 	p.t.Helper()
 	match := regexp.MustCompile(pattern)
 	for deadline := time.After(20 * time.Second); n > 0; {
@@ -366,83 +463,107 @@ func (p *running) says(n int, pattern string) {
 				n--
 			}
 		case <-deadline:
-			p.t.Fatalf("%v never said %q", p.Args, pattern)
+			p.t.Fatalf("%v did not print %q", p.Args, pattern)
 		}
 	}
 }
 
-// signal sends a signal to the process and nobody else.
-func (p *running) signal(s syscall.Signal) {
+// signal sends a signal to the process, but not to its children.
+func (p *childProcess) signal(s syscall.Signal) {
 	p.t.Helper()
 	if err := p.Process.Signal(s); err != nil {
 		p.t.Fatal(err)
 	}
 }
 
-// status waits for the end of the process.
-func (p *running) status() int {
+// waitForExit waits for the end of the process and returns its exit status.
+func (p *childProcess) waitForExit() int {
 	p.t.Helper()
 	select {
 	case <-p.ended:
 	case <-time.After(20 * time.Second):
-		p.t.Fatalf("%v does not end", p.Args)
+		p.t.Fatalf("%v did not end", p.Args)
 	}
 	return exitStatus(p.ProcessState)
 }
 
-// A site is a folder with a broker at an ipc endpoint in it.
-type site struct {
+// processMemory returns a field of /proc/PID/status in bytes, or 0 where there is no such file.
+func processMemory(t *testing.T, pid int, field string) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0
+	}
+	match := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
+	kilobytes, _ := strconv.Atoi(string(match[1]))
+	return kilobytes << 10
+}
+
+// cpuTime returns the CPU time used so far. who is the argument of getrusage(2).
+func cpuTime(who int) time.Duration {
+	var usage syscall.Rusage
+	syscall.Getrusage(who, &usage)
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// A system is a directory with a broker process whose ipc endpoint is in it. The programs of the
+// system run in the directory and use the broker.
+type system struct {
 	t             testing.TB
 	dir, endpoint string
-	broker        *running
+	broker        *childProcess
 }
 
-// bareSite has no broker yet.
-func bareSite(t testing.TB) *site {
+// newSystemWithoutBroker returns a system with an endpoint but no broker.
+func newSystemWithoutBroker(t testing.TB) *system {
 	dir := t.TempDir()
-	return &site{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
+	return &system{t: t, dir: dir, endpoint: "ipc://" + dir + "/broker"}
 }
 
-func newSite(t testing.TB, flags ...string) *site {
+// newSystem returns a system. Its broker has a heartbeat interval of 100 ms unless the flags set
+// another.
+func newSystem(t testing.TB, flags ...string) *system {
 	t.Helper()
-	s := bareSite(t)
+	s := newSystemWithoutBroker(t)
 	s.broker = s.start("bbroker", append([]string{"--heartbeat", "100ms"}, flags...)...)
 	return s
 }
 
-func (s *site) start(name string, args ...string) *running {
+// start starts a program of the system.
+func (s *system) start(name string, args ...string) *childProcess {
 	s.t.Helper()
 	return start(s.t, s.dir, s.endpoint, name, args...)
 }
 
-// service starts a service whose command is a line of shell, with heartbeats to match
-// the broker's. It returns when the service is ready.
-func (s *site) service(name, line string) *running {
+// startShellService starts a service that runs a shell command with the frames of the request as its
+// arguments. It returns when the service is ready.
+func (s *system) startShellService(name, line string) *childProcess {
 	s.t.Helper()
 	p := s.start("bservice", "--heartbeat", "100ms", name, "sh", "-c", line, "sh")
-	p.says(1, "is ready")
+	p.waitForLines(1, "is ready")
 	return p
 }
 
-// ask sends a request with a client of its own.
-func (s *site) ask(name string, body ...string) ([]string, error) {
+// request sends a request with a client of its own and returns the frames of the reply.
+func (s *system) request(name string, body ...string) ([]string, error) {
 	client := NewClient(context.Background(), s.endpoint)
 	defer client.Disconnect()
 	reply, err := client.Send(name, frames(body...), 20*time.Second)
 	return spell(reply.Body()), err
 }
 
-func (s *site) expect(name string, body []string, want ...string) {
+// expect sends a request and checks its reply.
+func (s *system) expect(name string, body []string, want ...string) {
 	s.t.Helper()
-	if reply, err := s.ask(name, body...); err != nil || !slices.Equal(reply, want) {
+	if reply, err := s.request(name, body...); err != nil || !slices.Equal(reply, want) {
 		s.t.Fatalf("%s %q replied %q, %v, want %q", name, body, reply, err, want)
 	}
 }
 
-// metric reads a figure of the broker's.
-func (s *site) metric(name string) int {
+// metric returns the value of a metric of the broker.
+func (s *system) metric(name string) int {
 	s.t.Helper()
-	reply, err := s.ask("mmi.metrics")
+	reply, err := s.request("mmi.metrics")
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -454,8 +575,8 @@ func (s *site) metric(name string) int {
 	return value
 }
 
-// becomes waits until a figure of the broker's is what it should be.
-func (s *site) becomes(name string, want int) {
+// waitForMetric waits until a metric of the broker has the wanted value.
+func (s *system) waitForMetric(name string, want int) {
 	s.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		got := s.metric(name)
@@ -468,27 +589,28 @@ func (s *site) becomes(name string, want int) {
 	}
 }
 
-// runs are the lines that commands left in the file of that name, in order of letters.
-func (s *site) runs(name string) []string {
+// runs returns the sorted words of a file. Commands append one word to it in each run.
+func (s *system) runs(name string) []string {
 	content, _ := os.ReadFile(filepath.Join(s.dir, name))
 	lines := strings.Fields(string(content))
 	slices.Sort(lines)
 	return lines
 }
 
-// hang is a command that tells of each run and then works until a file "go" is there.
+// hang is a shell command that appends its argument to the file runs, waits until the file go
+// exists, and prints done. It waits by reading from the FIFO tick.
 const hang = `echo "$1" >>runs; while [ ! -e go ]; do read x <tick; done; printf done`
 
-// newHangSite is a site for commands that hang until release is called.
-func newHangSite(t *testing.T, flags ...string) (s *site, release func()) {
-	s = newSite(t, flags...)
+// newHangingSystem returns a system for services that run hang. They wait until release is called.
+func newHangingSystem(t *testing.T, flags ...string) (s *system, release func()) {
+	s = newSystem(t, flags...)
 	tick := filepath.Join(s.dir, "tick")
 	if err := syscall.Mkfifo(tick, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	release = sync.OnceFunc(func() {
 		os.WriteFile(filepath.Join(s.dir, "go"), nil, 0o600)
-		// Whoever reads the fifo now gets its end; who comes later does not read.
+		// This ends the pending reads. A command that starts later finds the file and does not read.
 		if f, err := os.OpenFile(tick, os.O_WRONLY|syscall.O_NONBLOCK, 0); err == nil {
 			f.Close()
 		}
@@ -497,63 +619,68 @@ func newHangSite(t *testing.T, flags ...string) (s *site, release func()) {
 	return s, release
 }
 
-// started waits until there are so many runs.
-func (s *site) started(n int) {
+// waitForRuns waits until hang has been started n times.
+func (s *system) waitForRuns(n int) {
 	s.t.Helper()
 	for deadline := time.Now().Add(20 * time.Second); len(s.runs("runs")) < n; {
 		if time.Now().After(deadline) {
-			s.t.Fatalf("%d commands run, want %d", len(s.runs("runs")), n)
+			s.t.Fatalf("%d commands were started, want %d", len(s.runs("runs")), n)
 		}
 		runtime.Gosched()
 	}
 }
 
-// zmtp opens a connection and shakes hands as a DEALER, without libzmq: ZMTP 3.0,
-// mechanism NULL.
-func zmtp(address string) (net.Conn, error) {
-	conn, err := net.Dial("tcp", address)
+// expectNoDescendants checks that no process runs in the directory of the system except our tools.
+func (s *system) expectNoDescendants() {
+	s.t.Helper()
+	tools, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.broker.Process.Pid))
 	if err != nil {
-		return nil, err
+		s.t.Fatal(err)
 	}
-	greeting := make([]byte, 64)
-	greeting[0], greeting[9], greeting[10] = 0xff, 0x7f, 3
-	copy(greeting[12:], "NULL")
-	ready := "\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
-	conn.Write(greeting)
-	if _, err := io.ReadFull(conn, make([]byte, len(greeting))); err != nil {
-		return nil, err
-	}
-	conn.Write(append([]byte{4, byte(len(ready))}, ready...))
-	theirs := make([]byte, 2)
-	if _, err := io.ReadFull(conn, theirs); err != nil {
-		return nil, err
-	}
-	_, err = io.ReadFull(conn, make([]byte, theirs[1]))
-	return conn, err
+	s.expectNoProcess(func(_ int, exe string) bool { return filepath.Dir(exe) == filepath.Dir(tools) })
 }
 
-// memory is that of a process, as the field of /proc/PID/status has it, in bytes, and 0
-// where there is none.
-func memory(t *testing.T, pid int, field string) int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0
-	}
-	match := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
-	kilobytes, _ := strconv.Atoi(string(match[1]))
-	return kilobytes << 10
-}
-
-func scanLines(r io.Reader, each func(string)) {
-	scanner := bufio.NewScanner(r)
-	for scanner.Scan() {
-		each(scanner.Text())
+// expectNoProcess checks that no process runs in the directory of the system except those to keep.
+// It waits a few seconds for processes that were just killed.
+func (s *system) expectNoProcess(keep func(pid int, exe string) bool) {
+	s.t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		var left []string
+		dirs, _ := filepath.Glob("/proc/[0-9]*")
+		for _, dir := range dirs {
+			cwd, _ := os.Readlink(dir + "/cwd")
+			exe, _ := os.Readlink(dir + "/exe")
+			if pid, _ := strconv.Atoi(filepath.Base(dir)); cwd == s.dir && !keep(pid, exe) {
+				left = append(left, exe)
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("these processes are left: %v", left)
+		}
 	}
 }
 
-// echoWorker is a program for scripts: a worker written from RFC 7 that replies with
-// the body of the request.
+// pipeline sends count requests to a service, at most 64 at a time, and receives the replies.
+func pipeline(t testing.TB, s *system, name string, count int) {
+	client := connectPeer(t, zmq.DEALER, s.endpoint)
+	for sent, received := 0, 0; received < count; {
+		if sent < count && sent-received < 64 {
+			client.send("", "MDPC01", name, "x")
+			sent++
+			continue
+		}
+		if reply := client.recv(); len(reply) != 4 {
+			t.Fatalf("reply %q", reply)
+		}
+		received++
+	}
+}
+
+// echoWorker is a helper program: a worker written from RFC 7 that replies with the body of the
+// request.
 func echoWorker() {
 	socket, _ := zmq.NewSocket(zmq.DEALER)
 	socket.Connect(os.Getenv("BACKBONE_BROKER"))
@@ -570,15 +697,14 @@ func echoWorker() {
 	}
 }
 
-// simpleBroker is a program for scripts: a broker written from RFC 7 that knows no
-// services of its own and takes one frame for the address of a client. Any other message
-// it ignores.
+// simpleBroker is a helper program: a broker written from RFC 7. It has no mmi services, and the
+// address of a client must be one frame. It ignores other messages.
 func simpleBroker() {
 	socket, _ := zmq.NewSocket(zmq.ROUTER)
 	socket.Bind(os.Getenv("BACKBONE_BROKER"))
 	poller := zmq.NewPoller()
 	poller.Add(socket, zmq.POLLIN)
-	workers := map[string]string{}     // their services
+	workers := map[string]string{}     // services, by identity
 	idle := map[string][]string{}      // by service
 	waiting := map[string][][][]byte{} // by service
 	beat := time.Now()
@@ -618,9 +744,8 @@ func simpleBroker() {
 	}
 }
 
-// babbler is a program for scripts: a socket that answers whatever comes with what is
-// no MDP.
-func babbler() {
+// garbageServer is a helper program: it answers each message with one that is not MDP.
+func garbageServer() {
 	socket, _ := zmq.NewSocket(zmq.ROUTER)
 	socket.Bind(os.Args[1])
 	for {
@@ -632,9 +757,9 @@ func babbler() {
 	}
 }
 
-// babblingClient is a program for scripts: it sends what is no MDP, and waits until
-// the broker has read it.
-func babblingClient() {
+// garbageClient is a helper program: it sends messages that are not MDP, and then a request. When it
+// has the reply, the broker has read them all.
+func garbageClient() {
 	socket, _ := zmq.NewSocket(zmq.DEALER)
 	socket.Connect(os.Getenv("BACKBONE_BROKER"))
 	for range 10 {
@@ -644,145 +769,27 @@ func babblingClient() {
 	socket.RecvMessage(0)
 }
 
-// frames makes a message of its frames, spelled out as they are on the wire.
-func frames(spelled ...string) [][]byte {
-	message := make([][]byte, len(spelled))
-	for i, frame := range spelled {
-		message[i] = []byte(frame)
-	}
-	return message
-}
-
-// spell is the inverse of frames.
-func spell(message [][]byte) []string {
-	spelled := make([]string, len(message))
-	for i, frame := range message {
-		spelled[i] = string(frame)
-	}
-	return spelled
-}
-
-// startService runs a service until the end of the test, or until stop is called.
-func startService(t testing.TB, endpoint string, handler Handler) (stop func()) {
-	t.Helper()
-	s := Service{
-		Name:           "echo",
-		Endpoint:       endpoint,
-		Handler:        handler,
-		heartbeatFlags: heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100},
-		console:        console{quiet: true},
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- s.Serve(ctx) }()
-	stop = func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("the service ended with %v", err)
+// workerFleet is a helper program: it registers many workers at a TCP address, without libzmq. For
+// each byte on standard input it sends a heartbeat of each worker. It discards what it receives.
+func workerFleet() {
+	n, _ := strconv.Atoi(os.Args[2])
+	fleet := make([]net.Conn, n)
+	for i := range fleet {
+		conn, err := dialZMTP(os.Args[1])
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "workerfleet:", err)
+			os.Exit(1)
 		}
-		ended <- nil
+		conn.Write([]byte("\x01\x00\x01\x06MDPW01\x01\x01\x01\x00\x04echo"))
+		go io.Copy(io.Discard, conn)
+		fleet[i] = conn
 	}
-	t.Cleanup(stop)
-	return stop
-}
-
-// bindPeer makes a raw broker and tells where it is.
-func bindPeer(t *testing.T) (peer, string) {
-	t.Helper()
-	p := newPeer(t, zmq.ROUTER)
-	if err := p.Bind("tcp://127.0.0.1:*"); err != nil {
-		t.Fatal(err)
-	}
-	endpoint, err := p.GetLastEndpoint()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p, endpoint
-}
-
-// next receives the next message of a worker that is no heartbeat.
-func (p peer) next() (identity string, message []string) {
-	p.t.Helper()
-	for {
-		message := p.recv()
-		if !reflect.DeepEqual(message[1:], heartbeatFrames) {
-			return message[0], message[1:]
-		}
-	}
-}
-
-// ours is what this process says on standard error while f runs.
-func ours(t *testing.T, f func()) string {
-	t.Helper()
-	file, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	defer func(stderr *os.File) { os.Stderr = stderr }(os.Stderr)
-	os.Stderr = file
-	f()
-	said, err := os.ReadFile(file.Name())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(said)
-}
-
-func newFifo(t *testing.T) string {
-	t.Helper()
-	fifo := filepath.Join(t.TempDir(), "fifo")
-	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return fifo
-}
-
-// expectNoDescendants looks for processes in the site's folder, besides our tools.
-func (s *site) expectNoDescendants() {
-	s.t.Helper()
-	ours, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.broker.Process.Pid))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	s.expectNoProcess(func(_ int, exe string) bool { return filepath.Dir(exe) == filepath.Dir(ours) })
-}
-
-// expectNoProcess looks for processes in the site's folder but those to keep. What was
-// just killed may take a moment to go.
-func (s *site) expectNoProcess(keep func(pid int, exe string) bool) {
-	s.t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); ; {
-		var left []string
-		dirs, _ := filepath.Glob("/proc/[0-9]*")
-		for _, dir := range dirs {
-			cwd, _ := os.Readlink(dir + "/cwd")
-			exe, _ := os.Readlink(dir + "/exe")
-			if pid, _ := strconv.Atoi(filepath.Base(dir)); cwd == s.dir && !keep(pid, exe) {
-				left = append(left, exe)
-			}
-		}
-		if len(left) == 0 {
+	for one := make([]byte, 1); ; {
+		if _, err := os.Stdin.Read(one); err != nil {
 			return
 		}
-		if time.Now().After(deadline) {
-			s.t.Fatalf("these processes are left: %v", left)
+		for _, conn := range fleet {
+			conn.Write([]byte("\x01\x00\x01\x06MDPW01\x00\x01\x04"))
 		}
-	}
-}
-
-// pipeline has count requests answered by a service, at most 64 of them at a time.
-func pipeline(b testing.TB, s *site, name string, count int) {
-	client := connectPeer(b, zmq.DEALER, s.endpoint)
-	for sent, received := 0, 0; received < count; {
-		if sent < count && sent-received < 64 {
-			client.send("", "MDPC01", name, "x")
-			sent++
-			continue
-		}
-		if reply := client.recv(); len(reply) != 4 {
-			b.Fatalf("reply %q", reply)
-		}
-		received++
 	}
 }

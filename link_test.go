@@ -20,7 +20,7 @@ func TestNamesOfHostsBecomeAddresses(t *testing.T) {
 			t.Errorf("%s is looked up as %s, %v, want %s", endpoint, got, err, want)
 		}
 	}
-	// A name that no DNS server is asked for.
+	// This name is invalid, so that no DNS server is asked for it.
 	var f *failure
 	if got, err := lookUp(context.Background(), "tcp://no..such:5555"); !errors.As(err, &f) || f.status != exitUnavailable || f.hint == "" {
 		t.Errorf("got %s, %v, want status 69 with a hint", got, err)

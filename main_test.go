@@ -13,13 +13,13 @@ import (
 
 func TestMain(m *testing.M) {
 	commands := map[string]func(){
-		"backbone":       main,
-		"backbone-1.0":   main,
-		"echoworker":     echoWorker,
-		"babbler":        babbler,
-		"babblingclient": babblingClient,
-		"workerfleet":    workerFleet,
-		"simplebroker":   simpleBroker,
+		"backbone":      main,
+		"backbone-1.0":  main,
+		"echoworker":    echoWorker,
+		"garbageserver": garbageServer,
+		"garbageclient": garbageClient,
+		"workerfleet":   workerFleet,
+		"simplebroker":  simpleBroker,
 	}
 	for _, a := range applets() {
 		commands[a.name] = main
@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, commands)
 }
 
-// TestScripts drives the tools from outside, as a user's shell does.
+// TestScripts runs the scripts in testdata/script, which call the tools like a user of a shell.
 func TestScripts(t *testing.T) {
 	root, err := os.Getwd()
 	if err != nil {
@@ -38,22 +38,22 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
-			// A broker of its own for each script, where no other can be.
+			// Each script has an endpoint of its own.
 			env.Setenv("BACKBONE_BROKER", "ipc://"+env.WorkDir+"/broker")
-			// The race detector would let each process sleep for a second at its end.
+			// By default the race detector lets each process sleep for a second before it exits.
 			env.Setenv("GORACE", "atexit_sleep_ms=0")
 			env.Setenv("ROOT", root)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"status":    status,
-			"signalled": signalledTool,
+			"status":    statusCommand,
+			"signalled": signalledCommand,
 		},
 	})
 }
 
-// status runs a program and checks its exit status: status N PROGRAM [ARG...].
-func status(ts *testscript.TestScript, neg bool, args []string) {
+// statusCommand runs a program and checks its exit status: status N PROGRAM [ARG...].
+func statusCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: status N PROGRAM [ARG...]")
 	}
@@ -71,9 +71,9 @@ func status(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// signalledTool runs a program, sends it a signal and checks that it ends by that:
+// signalledCommand runs a program, sends it a signal and checks that the signal ends it:
 // signalled INT|TERM PROGRAM [ARG...].
-func signalledTool(ts *testscript.TestScript, neg bool, args []string) {
+func signalledCommand(ts *testscript.TestScript, neg bool, args []string) {
 	signal, ok := map[string]syscall.Signal{"INT": syscall.SIGINT, "TERM": syscall.SIGTERM}[args[0]]
 	if neg || !ok || len(args) < 2 {
 		ts.Fatalf("usage: signalled INT|TERM PROGRAM [ARG...]")
@@ -84,7 +84,7 @@ func signalledTool(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(cmd.Start())
 	ts.Check(cmd.Process.Signal(signal))
 	cmd.Wait()
-	// A shell tells this as status 128 plus the signal's number, and ends its own loops.
+	// A shell reports this as status 128 plus the number of the signal, and leaves its own loops.
 	if status := cmd.ProcessState.Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != signal {
 		ts.Fatalf("%s ended with %v, want signal %v", args[1], cmd.ProcessState, signal)
 	}

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// The messages of RFC 7 with address stacks, as Parse must take them and Frames give them back.
+// wellFormed lists the messages of RFC 7, some with an address stack. Parse must accept the frames,
+// and Frames must return them.
 var wellFormed = []struct {
 	name    string
 	frames  [][]byte
@@ -57,7 +58,7 @@ func TestEveryMessageOfTheProtocolIsParsedAndFormatted(t *testing.T) {
 	}
 }
 
-func TestSlipsOfRealPeersAreForgiven(t *testing.T) {
+func TestKnownMistakesOfRealPeersAreAccepted(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		frames [][]byte
@@ -65,9 +66,9 @@ func TestSlipsOfRealPeersAreForgiven(t *testing.T) {
 	}{
 		{"DISCONNECT of Dispatchr Backbone's broker", frames("MDPW01", "\x05"), Message{Kind: KindDisconnect}},
 		{"DISCONNECT of its Node.js service", frames("", "MDPW01", "\x05", "echo"), Message{Kind: KindDisconnect}},
-		{"surplus after READY", frames("", "MDPW01", "\x01", "echo", "1.0"),
+		{"an extra frame after READY", frames("", "MDPW01", "\x01", "echo", "1.0"),
 			Message{Kind: KindReady, Service: []byte("echo")}},
-		{"surplus after HEARTBEAT", frames("", "MDPW01", "\x04", ""), Message{Kind: KindHeartbeat}},
+		{"an extra frame after HEARTBEAT", frames("", "MDPW01", "\x04", ""), Message{Kind: KindHeartbeat}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			m, err := Parse(test.frames)
@@ -127,7 +128,7 @@ func TestStatusReplyIsRecognisedByItsThirdAndLastFrame(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		body   [][]byte
-		status int // -1: it is data
+		status int // -1 if the body is data
 		stderr string
 	}{
 		{"failed command", frames("out", "err", "exit status 3"), 3, "err"},
@@ -175,13 +176,13 @@ func TestRepliesAreSpelledAsOthersExpectThem(t *testing.T) {
 		{Reply{}, []string{}},
 	} {
 		if got := spell(test.reply.Body()); !reflect.DeepEqual(got, test.want) {
-			t.Errorf("%q is spelled %q, want %q", test.reply, got, test.want)
+			t.Errorf("the body of %q is %q, want %q", test.reply, got, test.want)
 		}
 	}
 }
 
-// FuzzParse holds that no frames crash Parse, and that what it accepts says the same
-// when it is formatted and parsed again. Frames are separated by newlines here.
+// FuzzParse checks that no input crashes Parse, and that a message it accepts is the same after it
+// is formatted and parsed again. Newlines separate the frames of an input.
 func FuzzParse(f *testing.F) {
 	for _, test := range wellFormed {
 		f.Add(bytes.Join(test.frames, []byte("\n")))
@@ -204,7 +205,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// sameMessage compares messages by their frames: no frames and none are the same.
+// sameMessage compares messages. A nil slice of frames equals an empty one.
 func sameMessage(a, b Message) bool {
 	same := func(a, b [][]byte) bool { return reflect.DeepEqual(spell(a), spell(b)) }
 	return a.Kind == b.Kind && string(a.Service) == string(b.Service) &&

@@ -20,10 +20,10 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// Clients, services and brokers in other languages: scripts/backbone.py and backbone.js in
-// every pairing with each other and with ours, and peers that know nothing but RFC 7.
+// The tests in this file run clients, services and brokers in other languages: scripts/backbone.py
+// and scripts/backbone.js, with each other and with the Go ones, and peers written from RFC 7.
 
-// interpreter finds what runs a language's peers, or skips the test.
+// interpreter returns the path of an interpreter that has ZeroMQ, or skips the test.
 func interpreter(t *testing.T, language string) string {
 	t.Helper()
 	switch language {
@@ -40,18 +40,19 @@ func interpreter(t *testing.T, language string) string {
 			}
 		}
 	}
-	t.Skipf("no %s with ZeroMQ here; scripts/bootstrap --all installs it", language)
+	t.Skipf("no %s with ZeroMQ is installed; run scripts/bootstrap --all", language)
 	return ""
 }
 
-// peerEnv lets a program of another language find the libraries, and the broker of a site.
-func (s *site) peerEnv() []string {
+// peerEnv returns an environment in which a program in another language finds the libraries and the
+// broker.
+func (s *system) peerEnv() []string {
 	s.t.Helper()
 	root, err := os.Getwd()
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	// backbone.js is a module by its name, as if it were installed.
+	// A link makes backbone.js a module that can be required by its name.
 	modules := filepath.Join(s.dir, "node_modules")
 	os.Mkdir(modules, 0o700)
 	os.Symlink(filepath.Join(root, "scripts", "backbone.js"), filepath.Join(modules, "backbone.js"))
@@ -59,14 +60,14 @@ func (s *site) peerEnv() []string {
 		"PYTHONPATH="+filepath.Join(root, "scripts"), "NODE_PATH="+modules+":"+filepath.Join(root, "scripts", "node_modules"))
 }
 
-// libraries are the languages that have one, and what runs it as a program and runs the
-// text of a program.
+// libraries lists the languages that have a library: the extension of their programs, the library,
+// which is also a program, and the interpreter flag that runs the text of a program.
 var libraries = map[string]struct{ extension, library, textFlag string }{
 	"python":     {".py", "scripts/backbone.py", "-c"},
 	"javascript": {".js", "scripts/backbone.js", "-e"},
 }
 
-// inEachLanguage runs a test for each library, at the same time.
+// inEachLanguage runs a test for the library of each language, in parallel.
 func inEachLanguage(t *testing.T, test func(t *testing.T, language string)) {
 	for language := range libraries {
 		t.Run(language, func(t *testing.T) {
@@ -76,9 +77,9 @@ func inEachLanguage(t *testing.T, test func(t *testing.T, language string)) {
 	}
 }
 
-// run makes a command of a program in another language. It is killed at the end of the
-// test, if it was started.
-func (s *site) run(language string, args ...string) *exec.Cmd {
+// command returns a command that runs the interpreter of a language. If it is started, it is killed
+// at the end of the test.
+func (s *system) command(language string, args ...string) *exec.Cmd {
 	s.t.Helper()
 	cmd := exec.Command(interpreter(s.t.(*testing.T), language), args...)
 	cmd.Env, cmd.Stderr = s.peerEnv(), os.Stderr
@@ -90,36 +91,36 @@ func (s *site) run(language string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// peer is a program of testdata/peers.
-func (s *site) peer(language, name string, args ...string) *exec.Cmd {
+// peerCommand returns a command that runs a program in testdata/peers.
+func (s *system) peerCommand(language, name string, args ...string) *exec.Cmd {
 	s.t.Helper()
-	return s.run(language, append([]string{"testdata/peers/" + name + libraries[language].extension}, args...)...)
+	return s.command(language, append([]string{"testdata/peers/" + name + libraries[language].extension}, args...)...)
 }
 
-// text is a program as it stands.
-func (s *site) text(language, program string, args ...string) *exec.Cmd {
+// inlineCommand returns a command that runs the text of a program.
+func (s *system) inlineCommand(language, program string, args ...string) *exec.Cmd {
 	s.t.Helper()
-	return s.run(language, append([]string{libraries[language].textFlag, program}, args...)...)
+	return s.command(language, append([]string{libraries[language].textFlag, program}, args...)...)
 }
 
-// rawSite has a raw broker.
-func rawSite(t *testing.T) (*site, peer) {
+// newSystemWithRawBroker returns a system whose broker is a raw ROUTER.
+func newSystemWithRawBroker(t *testing.T) (*system, peer) {
 	t.Helper()
-	s, broker := bareSite(t), newPeer(t, zmq.ROUTER)
+	s, broker := newSystemWithoutBroker(t), newPeer(t, zmq.ROUTER)
 	if err := broker.Bind(s.endpoint); err != nil {
 		t.Fatal(err)
 	}
 	return s, broker
 }
 
-// serve starts the service of a language that does what its requests say. stop lets it
-// take its leave.
-func (s *site) serve(language string) (stop func()) {
+// startServiceIn starts a service named peer, written in a language, that behaves like peerHandler.
+// stop lets it disconnect and waits for its end.
+func (s *system) startServiceIn(language string) (stop func()) {
 	s.t.Helper()
 	if language == "go" {
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan error, 1)
-		service := &Service{Name: "peer", Endpoint: s.endpoint, Handler: doWhatItSays, console: console{quiet: true},
+		service := &Service{Name: "peer", Endpoint: s.endpoint, Handler: peerHandler, console: console{quiet: true},
 			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5}}
 		go func() { ended <- service.Serve(ctx) }()
 		stop = sync.OnceFunc(func() {
@@ -131,7 +132,7 @@ func (s *site) serve(language string) (stop func()) {
 		s.t.Cleanup(stop)
 		return stop
 	}
-	cmd := s.peer(language, "service", "peer")
+	cmd := s.peerCommand(language, "service", "peer")
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -145,13 +146,13 @@ func (s *site) serve(language string) (stop func()) {
 	}
 }
 
-// doWhatItSays is what testdata/peers/service.* do.
-func doWhatItSays(_ string, body [][]byte) Reply {
-	wish := ""
+// peerHandler behaves like testdata/peers/service.*: the first frame of a request says what to do.
+func peerHandler(_ string, body [][]byte) Reply {
+	action := ""
 	if len(body) > 0 {
-		wish = string(body[0])
+		action = string(body[0])
 	}
-	switch wish {
+	switch action {
 	case "fail":
 		return Reply{Output: frames("out\xff"), Stderr: []byte("err\n"), Status: 3}
 	case "throw":
@@ -165,8 +166,8 @@ func doWhatItSays(_ string, body [][]byte) Reply {
 	return Reply{Output: body}
 }
 
-// late is a request that the service of any language answers once release was called.
-func (s *site) late() (request []string, release func()) {
+// lateRequest returns a request that the service of any language answers when release is called.
+func (s *system) lateRequest() (request []string, release func()) {
 	s.t.Helper()
 	gate := filepath.Join(s.t.TempDir(), "gate")
 	if err := syscall.Mkfifo(gate, 0o600); err != nil {
@@ -180,18 +181,18 @@ func (s *site) late() (request []string, release func()) {
 		}
 		s.t.Cleanup(func() { writer.Close() })
 	})
-	s.t.Cleanup(release) // the service waits for it
+	s.t.Cleanup(release) // the service cannot end before
 	return []string{"late", gate}, release
 }
 
-// A question is one for a client of testdata/peers, and an outcome what it tells.
+// A peerRequest is a line of input for testdata/peers/client.*, a peerResult a line of its output.
 type (
-	question struct {
+	peerRequest struct {
 		Service string   `json:"service"`
-		Message []string `json:"message"` // in hexadecimal, as are all bytes here
+		Message []string `json:"message"` // in hexadecimal, like the frames and bytes of a result
 		Timeout float64  `json:"timeout"`
 	}
-	outcome struct {
+	peerResult struct {
 		Reply          []string
 		Error          string
 		Status         int
@@ -199,7 +200,8 @@ type (
 	}
 )
 
-func hexes(frames []string) []string {
+// hexFrames returns the frames in hexadecimal.
+func hexFrames(frames []string) []string {
 	coded := []string{}
 	for _, frame := range frames {
 		coded = append(coded, hex.EncodeToString([]byte(frame)))
@@ -207,11 +209,11 @@ func hexes(frames []string) []string {
 	return coded
 }
 
-// asks sends requests by the client of a language, all of them at once if it can, and
-// tells of each what came of it: the reply, or the error with its status.
-func (s *site) asks(language string, timeout float64, bodies ...[]string) []string {
+// requestFrom sends requests with the client of a language, concurrently if it can. It returns a
+// description of each result: the reply, or the error and its status.
+func (s *system) requestFrom(language string, timeout float64, bodies ...[]string) []string {
 	s.t.Helper()
-	outcomes := make([]outcome, len(bodies))
+	results := make([]peerResult, len(bodies))
 	if language == "go" {
 		client := newBatchClient(s.t.(*testing.T), s.endpoint)
 		var calls []*call
@@ -221,53 +223,54 @@ func (s *site) asks(language string, timeout float64, bodies ...[]string) []stri
 		}
 		awaitAll(s.t.(*testing.T), client, calls)
 		client.Abandon()
-		for i, r := range calls {
-			o := &outcomes[i]
+		for i, c := range calls {
+			result := &results[i]
 			switch {
-			case errors.Is(r.err, errTimeout):
-				o.Error, o.Status = "RequestTimeout", exitTimeout
-			case r.err != nil:
-				o.Error, o.Status = r.err.Error(), 1
-			case r.reply.Status != 0:
-				*o = outcome{nil, "StatusError", r.reply.Status, hex.EncodeToString(r.reply.Output[0]), hex.EncodeToString(r.reply.Stderr)}
+			case errors.Is(c.err, errTimeout):
+				result.Error, result.Status = "RequestTimeout", exitTimeout
+			case c.err != nil:
+				result.Error, result.Status = c.err.Error(), 1
+			case c.reply.Status != 0:
+				*result = peerResult{nil, "StatusError", c.reply.Status, hex.EncodeToString(c.reply.Output[0]), hex.EncodeToString(c.reply.Stderr)}
 			default:
-				o.Reply = hexes(spell(r.reply.Output))
+				result.Reply = hexFrames(spell(c.reply.Output))
 			}
 		}
 	} else {
 		var input bytes.Buffer
 		for _, body := range bodies {
-			json.NewEncoder(&input).Encode(question{"peer", hexes(body), timeout})
+			json.NewEncoder(&input).Encode(peerRequest{"peer", hexFrames(body), timeout})
 		}
 		args := []string{}
 		if language == "asyncio" {
 			language, args = "python", []string{"asyncio"}
 		}
-		cmd := s.peer(language, "client", args...)
+		cmd := s.peerCommand(language, "client", args...)
 		cmd.Stdin = &input
 		output, err := cmd.Output()
 		if err != nil {
 			s.t.Fatalf("the client ended with %v", err)
 		}
 		decoder := json.NewDecoder(bytes.NewReader(output))
-		for i := range outcomes {
-			if err := decoder.Decode(&outcomes[i]); err != nil {
+		for i := range results {
+			if err := decoder.Decode(&results[i]); err != nil {
 				s.t.Fatalf("%v in %q", err, output)
 			}
 		}
 	}
-	var told []string
-	for _, o := range outcomes {
-		if o.Error == "" {
-			told = append(told, fmt.Sprintf("%q", o.Reply))
+	var descriptions []string
+	for _, result := range results {
+		if result.Error == "" {
+			descriptions = append(descriptions, fmt.Sprintf("%q", result.Reply))
 		} else {
-			told = append(told, strings.TrimSpace(fmt.Sprintf("%s %d %s %s", o.Error, o.Status, o.Stdout, o.Stderr)))
+			descriptions = append(descriptions, strings.TrimSpace(fmt.Sprintf("%s %d %s %s", result.Error, result.Status, result.Stdout, result.Stderr)))
 		}
 	}
-	return told
+	return descriptions
 }
 
 func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
+	t.Parallel()
 	var binary strings.Builder
 	for i := range 256 {
 		binary.WriteByte(byte(i))
@@ -280,13 +283,13 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 		for _, client := range []string{"go", "python", "asyncio", "javascript"} {
 			t.Run(client+" asks "+service, func(t *testing.T) {
 				t.Parallel()
-				s := newSite(t, "--heartbeat", "1s")
-				stop := s.serve(service)
+				s := newSystem(t, "--heartbeat", "1s")
+				stop := s.startServiceIn(service)
 				expect := func(timeout float64, bodies [][]string, want ...string) {
 					t.Helper()
-					for i, got := range s.asks(client, timeout, bodies...) {
+					for i, got := range s.requestFrom(client, timeout, bodies...) {
 						if got != want[i] {
-							t.Errorf("%.60q is answered with %.200s, want %.200s", bodies[i], got, want[i])
+							t.Errorf("the result of %.60q is %.200s, want %.200s", bodies[i], got, want[i])
 						}
 					}
 				}
@@ -294,7 +297,7 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 					t.Helper()
 					var want []string
 					for _, body := range bodies {
-						want = append(want, fmt.Sprintf("%q", hexes(body)))
+						want = append(want, fmt.Sprintf("%q", hexFrames(body)))
 					}
 					expect(20, bodies, want...)
 				}
@@ -304,8 +307,8 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 					boom = "RangeError"
 				}
 				expect(20, [][]string{{"fail"}, {"throw"}},
-					"StatusError 3 6f7574ff 6572720a", "StatusError 1  "+hexes([]string{boom + ": boom\n"})[0])
-				late, release := s.late()
+					"StatusError 3 6f7574ff 6572720a", "StatusError 1  "+hexFrames([]string{boom + ": boom\n"})[0])
+				late, release := s.lateRequest()
 				expect(0.3, [][]string{late}, "RequestTimeout 124")
 				release()
 
@@ -316,14 +319,14 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 				same(hundreds...)
 
 				stop()
-				s.becomes("backbone_workers", 0)
+				s.waitForMetric("backbone_workers", 0)
 				if lost := s.metric("backbone_lost_workers_total"); lost != 0 {
-					t.Errorf("it took its leave without DISCONNECT")
+					t.Errorf("the service ended without DISCONNECT")
 				}
-				stop = s.serve(service)
+				stop = s.startServiceIn(service)
 				same([]string{"after the service"})
 				s.broker.signal(syscall.SIGKILL)
-				s.broker.status()
+				s.broker.waitForExit()
 				s.broker = s.start("bbroker", "--heartbeat", "1s")
 				same([]string{"after the broker"})
 				stop()
@@ -333,6 +336,7 @@ func TestPeersInEveryLanguageUnderstandEachOther(t *testing.T) {
 }
 
 func TestLateReplyOfOneRequestIsNotTheNextOnesInAnyLanguage(t *testing.T) {
+	t.Parallel()
 	programs := map[string]string{
 		"python": `
 import os, sys
@@ -351,26 +355,27 @@ client.connect()
   .then(() => client.send('peer', 'second', 10000)).then(console.log);`,
 	}
 	inEachLanguage(t, func(t *testing.T, language string) {
-		s := newSite(t, "--heartbeat", "1s")
-		s.serve("go")
-		late, _ := s.late() // which the program lets come when it has given up
-		if output, err := s.text(language, programs[language], late...).Output(); err != nil || string(output) != "RequestTimeout\nsecond\n" {
-			t.Errorf("it prints %q, %v", output, err)
+		s := newSystem(t, "--heartbeat", "1s")
+		s.startServiceIn("go")
+		late, _ := s.lateRequest() // the program releases it after its timeout
+		if output, err := s.inlineCommand(language, programs[language], late...).Output(); err != nil || string(output) != "RequestTimeout\nsecond\n" {
+			t.Errorf("it printed %q, %v", output, err)
 		}
 	})
 }
 
-// TestCallsOfDispatchrBackboneStayTheSame has those that its README shows, after another
-// line to import.
-func TestCallsOfDispatchrBackboneStayTheSame(t *testing.T) {
-	s := newSite(t, "--heartbeat", "1s")
+// TestAPIOfDispatchrBackboneStillWorks makes the calls that the README of Dispatchr Backbone shows.
+// Only the imports differ.
+func TestAPIOfDispatchrBackboneStillWorks(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, "--heartbeat", "1s")
 	for _, service := range []*exec.Cmd{
-		s.text("javascript", `
+		s.inlineCommand("javascript", `
 var { BackboneService } = require('backbone');
 function on_request(message, reply){ reply(['javascript', message[0]]); }
 var backbone = new BackboneService('js', on_request);
 backbone.connect();`),
-		s.text("python", `
+		s.inlineCommand("python", `
 from backbone import Service
 def on_request(message, reply):
     reply(['python', message[0]])
@@ -425,17 +430,18 @@ print(message.serialize(), message.parseResponse([b'MDPC01', b'py', b'y']), mess
 print(BackboneClient('h', '1').get_endpoint(), BackboneClient('h', '1').endpoint)`,
 			"[b'MDPC01', b'py', b'x'] y y\ntcp://h:1 tcp://h:1\n"},
 	} {
-		if output, err := s.text(test.language, test.text).Output(); err != nil || string(output) != test.want {
-			t.Errorf("%s prints %q, %v, want %q", test.text, output, err, test.want)
+		if output, err := s.inlineCommand(test.language, test.text).Output(); err != nil || string(output) != test.want {
+			t.Errorf("%s printed %q, %v, want %q", test.text, output, err, test.want)
 		}
 	}
 }
 
 func TestHeartbeatsGoOnWhileACallbackBlocksInAnyLanguage(t *testing.T) {
+	t.Parallel()
 	inEachLanguage(t, func(t *testing.T, language string) {
-		s, broker := rawSite(t)
-		s.serve(language)
-		worker, _ := broker.next()
+		s, broker := newSystemWithRawBroker(t)
+		s.startServiceIn(language)
+		worker, _ := broker.nextFromWorker()
 		broker.send(worker, "", "MDPW01", "\x02", "client", "", "block", "3")
 		heartbeats := 0
 		message := broker.recv()
@@ -445,18 +451,19 @@ func TestHeartbeatsGoOnWhileACallbackBlocksInAnyLanguage(t *testing.T) {
 		}
 		broker.want(message, worker, "", "MDPW01", "\x03", "client", "", "blocked")
 		if heartbeats < 2 {
-			t.Errorf("%d heartbeats came in three seconds", heartbeats)
+			t.Errorf("%d heartbeats in three seconds, want 2 or more", heartbeats)
 		}
 	})
 }
 
-func TestProgramsInEveryLanguageBehaveLikeOurs(t *testing.T) {
-	s := newSite(t, "--heartbeat", "1s")
+func TestClientProgramsInEveryLanguageBehaveLikeBrequest(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t, "--heartbeat", "1s")
 	s.start("bservice", "args", "printf", "<%s>")
 	s.start("bservice", "--stdin", "cat", "cat")
 	s.start("bservice", "fail", "sh", "-c", "echo out; echo err >&2; exit 3")
 	s.start("bservice", "killed", "sh", "-c", "kill -9 $$")
-	s.serve("go")
+	s.startServiceIn("go")
 	type result struct {
 		stdout, stderr string
 		status         int
@@ -474,7 +481,7 @@ func TestProgramsInEveryLanguageBehaveLikeOurs(t *testing.T) {
 	}
 	for language, l := range libraries {
 		t.Run(language, func(t *testing.T) {
-			s := &site{t, s.dir, s.endpoint, s.broker}
+			s := &system{t, s.dir, s.endpoint, s.broker}
 			program := []string{interpreter(t, language), l.library, "request"}
 			for _, test := range []struct {
 				stdin string
@@ -507,58 +514,60 @@ func TestProgramsInEveryLanguageBehaveLikeOurs(t *testing.T) {
 				want := run(t, []string{"brequest"}, test.stdin, test.args)
 				got := run(t, program, test.stdin, test.args)
 				if got.stdout != want.stdout || got.status != want.status || (got.stderr == "") != (want.stderr == "") {
-					t.Errorf("%q gives %q, brequest %q", test.args, got, want)
+					t.Errorf("%q: got %q, want %q as from brequest", test.args, got, want)
 				}
 			}
-			interrupted := s.run(language, l.library, "request", "-t", "0", "nobody", "x")
+			interrupted := s.command(language, l.library, "request", "-t", "0", "nobody", "x")
 			if err := interrupted.Start(); err != nil {
 				t.Fatal(err)
 			}
-			s.becomes("backbone_queue_length", 1)
+			s.waitForMetric("backbone_queue_length", 1)
 			interrupted.Process.Signal(syscall.SIGTERM)
 			interrupted.Wait()
 			if status := exitStatus(interrupted.ProcessState); status != 143 {
-				t.Errorf("SIGTERM ends it with %d", status)
+				t.Errorf("after SIGTERM it ended with status %d", status)
 			}
-			s.becomes("backbone_queue_length", 0)
+			s.waitForMetric("backbone_queue_length", 0)
 		})
 	}
 }
 
 func TestClientsInEveryLanguageTellALostBrokerFromABadOne(t *testing.T) {
+	t.Parallel()
 	inEachLanguage(t, func(t *testing.T, language string) {
-		ask := func(s *site) *exec.Cmd {
-			cmd := s.run(language, libraries[language].library, "request", "-t", "20", "nobody", "x")
+		startRequest := func(s *system) *exec.Cmd {
+			cmd := s.command(language, libraries[language].library, "request", "-t", "20", "nobody", "x")
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
 			return cmd
 		}
-		s := newSite(t, "--heartbeat", "1s")
-		lost := ask(s)
-		s.becomes("backbone_queue_length", 1)
+		s := newSystem(t, "--heartbeat", "1s")
+		lost := startRequest(s)
+		s.waitForMetric("backbone_queue_length", 1)
 		s.broker.signal(syscall.SIGKILL)
-		s.broker.status()
+		s.broker.waitForExit()
 		lost.Wait()
 		if got := exitStatus(lost.ProcessState); got != exitUnavailable {
-			t.Errorf("without its broker it ends with %d", got)
+			t.Errorf("without its broker it ended with status %d", got)
 		}
 
-		s, babbler := rawSite(t)
-		misled := ask(s)
-		babbler.send(babbler.recv()[0], "", "MDPC01", "somebody else", "y")
+		s, broker := newSystemWithRawBroker(t)
+		misled := startRequest(s)
+		broker.send(broker.recv()[0], "", "MDPC01", "somebody else", "y")
 		misled.Wait()
 		if got := exitStatus(misled.ProcessState); got != exitProtocol {
-			t.Errorf("after the reply of another service it ends with %d", got)
+			t.Errorf("after the reply of another service it ended with status %d", got)
 		}
 	})
 }
 
-func TestCommandServicesInEveryLanguageBehaveLikeOurs(t *testing.T) {
+func TestServiceProgramsInEveryLanguageBehaveLikeBservice(t *testing.T) {
+	t.Parallel()
 	inEachLanguage(t, func(t *testing.T, language string) {
-		s := newSite(t, "--heartbeat", "1s")
+		s := newSystem(t, "--heartbeat", "1s")
 		start := func(args ...string) *exec.Cmd {
-			cmd := s.run(language, append([]string{libraries[language].library, "service"}, args...)...)
+			cmd := s.command(language, append([]string{libraries[language].library, "service"}, args...)...)
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
@@ -577,18 +586,19 @@ func TestCommandServicesInEveryLanguageBehaveLikeOurs(t *testing.T) {
 		for _, refused := range []struct{ name, arg, want string }{
 			{"missing", "x", "exit status 127"}, {"directory", "x", "exit status 126"}, {"args", "nul\x00", "exit status 126"},
 		} {
-			if reply, err := s.ask(refused.name, refused.arg); err != nil || len(reply) != 3 || reply[2] != refused.want {
+			if reply, err := s.request(refused.name, refused.arg); err != nil || len(reply) != 3 || reply[2] != refused.want {
 				t.Errorf("%s: %q, %v, want %s", refused.name, reply, err, refused.want)
 			}
 		}
 		args.Process.Signal(syscall.SIGTERM)
 		if err := args.Wait(); err != nil {
-			t.Errorf("SIGTERM ends it with %v", err)
+			t.Errorf("after SIGTERM it ended with %v", err)
 		}
 	})
 }
 
-func TestLastWordsOfABrokerAreHeardInAnyLanguage(t *testing.T) {
+func TestReplyJustBeforeABrokerClosesIsReceivedInAnyLanguage(t *testing.T) {
+	t.Parallel()
 	programs := map[string]string{
 		"python": `
 import sys
@@ -604,64 +614,67 @@ const { BackboneClient } = require('backbone');
 })();`,
 	}
 	inEachLanguage(t, func(t *testing.T, language string) {
-		interpreter(t, language) // before there are brokers to wait for it
+		interpreter(t, language) // may skip the test, before any broker waits for a request
 		var endpoints []string
-		var spoken []<-chan []string
+		var answered []<-chan []string
 		for range 30 {
 			broker, endpoint := bindPeer(t)
 			if err := broker.SetLinger(time.Second); err != nil {
 				t.Fatal(err)
 			}
-			spoken = append(spoken, serveOnce(broker, func(request []string) []string {
+			answered = append(answered, answerOnce(broker, func(request []string) []string {
 				broker.SendMessage(request[0], "", "MDPC01", "echo", "last words")
 				broker.Close()
 				return nil
 			}))
 			endpoints = append(endpoints, endpoint)
 		}
-		output, err := bareSite(t).text(language, programs[language], endpoints...).Output()
+		output, err := newSystemWithoutBroker(t).inlineCommand(language, programs[language], endpoints...).Output()
 		if err != nil || string(output) != strings.Repeat("last words\n", len(endpoints)) {
-			t.Fatalf("it prints %q, %v", output, err)
+			t.Fatalf("it printed %q, %v", output, err)
 		}
-		for _, came := range spoken {
-			<-came
+		for _, request := range answered {
+			<-request
 		}
 	})
 }
 
-func TestSilentBrokerIsLeftOnlyByTheIdleInAnyLanguage(t *testing.T) {
+func TestOnlyAnIdleServiceLeavesASilentBrokerInAnyLanguage(t *testing.T) {
+	t.Parallel()
 	inEachLanguage(t, func(t *testing.T, language string) {
-		s, broker := rawSite(t)
-		s.serve(language)
-		worker, ready := broker.next()
+		s, broker := newSystemWithRawBroker(t)
+		s.startServiceIn(language)
+		worker, ready := broker.nextFromWorker()
 		broker.want(ready, "", "MDPW01", "\x01", "peer")
 		broker.send(worker, "", "MDPW01", "\x02", "client", "", "block", "5.5")
-		same, reply := broker.next()
+		same, reply := broker.nextFromWorker()
 		broker.want(append([]string{same}, reply...), worker, "", "MDPW01", "\x03", "client", "", "blocked")
-		other, ready := broker.next()
+		other, ready := broker.nextFromWorker()
 		broker.want(ready, "", "MDPW01", "\x01", "peer")
 		if other == worker {
-			t.Error("it registers anew on the same socket")
+			t.Error("it registered again with the same identity")
 		}
 	})
 }
 
-func TestSecondReplyIsNobodysInAnyLanguage(t *testing.T) {
+func TestSecondReplyIsDroppedInAnyLanguage(t *testing.T) {
+	t.Parallel()
 	inEachLanguage(t, func(t *testing.T, language string) {
-		s := newSite(t, "--heartbeat", "1s")
-		s.serve(language)
+		s := newSystem(t, "--heartbeat", "1s")
+		s.startServiceIn(language)
 		s.expect("peer", []string{"twice"}, "first")
 		s.expect("peer", []string{"late"}, "late")
 		s.expect("peer", []string{"hello"}, "hello")
 	})
 }
 
-// An rfc7 peer is one of testdata/peers/rfc7_*.py.
-func (s *site) rfc7(name string, args ...string) *exec.Cmd {
-	return s.peer("python", "rfc7_"+name, append([]string{s.endpoint}, args...)...)
+// rfc7Command returns a command that runs one of testdata/peers/rfc7_*.py.
+func (s *system) rfc7Command(name string, args ...string) *exec.Cmd {
+	return s.peerCommand("python", "rfc7_"+name, append([]string{s.endpoint}, args...)...)
 }
 
 func TestPeersThatKnowNothingButRFC7(t *testing.T) {
+	t.Parallel()
 	background := func(t *testing.T, cmd *exec.Cmd) {
 		t.Helper()
 		if err := cmd.Start(); err != nil {
@@ -674,18 +687,18 @@ func TestPeersThatKnowNothingButRFC7(t *testing.T) {
 	}
 	t.Run("a REQ client and a worker that cannot heartbeat while busy", func(t *testing.T) {
 		t.Parallel()
-		s := newSite(t) // whose workers are lost after half a second
-		background(t, s.rfc7("worker", "slow", "1"))
-		output, err := s.rfc7("client", "slow", "a", "b").Output()
+		s := newSystem(t) // its broker drops silent idle workers after half a second
+		background(t, s.rfc7Command("worker", "slow", "1"))
+		output, err := s.rfc7Command("client", "slow", "a", "b").Output()
 		if err != nil || string(output) != "a\nb\n" {
-			t.Errorf("it prints %q, %v", output, err)
+			t.Errorf("it printed %q, %v", output, err)
 		}
 		s.expect("slow", []string{"c"}, "c")
 	})
 	t.Run("a broker", func(t *testing.T) {
 		t.Parallel()
-		s := bareSite(t)
-		background(t, s.rfc7("broker"))
+		s := newSystemWithoutBroker(t)
+		background(t, s.rfc7Command("broker"))
 		s.start("bservice", "args", "printf", "<%s>")
 		s.start("bservice", "fail", "sh", "-c", "echo out; echo err >&2; exit 3")
 		s.expect("args", []string{"a", "b"}, "<a><b>")
@@ -693,13 +706,13 @@ func TestPeersThatKnowNothingButRFC7(t *testing.T) {
 		lines := exec.Command("brequest", "-e", "-j1", "args")
 		lines.Env, lines.Stdin = s.peerEnv(), strings.NewReader("1\n2\n")
 		if output, err := lines.CombinedOutput(); err != nil || string(output) != "<1>\n<2>\n" {
-			t.Errorf("it prints %q, %v", output, err)
+			t.Errorf("it printed %q, %v", output, err)
 		}
 		for language := range libraries {
 			t.Run(language, func(t *testing.T) {
-				s := &site{t: t, dir: s.dir, endpoint: s.endpoint}
-				stop := s.serve(language)
-				for i, got := range s.asks(language, 20, []string{"x", ""}, []string{"fail"}) {
+				s := &system{t: t, dir: s.dir, endpoint: s.endpoint}
+				stop := s.startServiceIn(language)
+				for i, got := range s.requestFrom(language, 20, []string{"x", ""}, []string{"fail"}) {
 					if want := []string{`["78" ""]`, "StatusError 3 6f7574ff 6572720a"}[i]; got != want {
 						t.Errorf("got %s, want %s", got, want)
 					}

@@ -15,25 +15,25 @@ import (
 	"testing"
 )
 
-// TestAtScale has what takes so many requests, or so large ones, that the race detector
-// would make it a matter of minutes.
+// TestAtScale holds the tests with so many or such large requests that they would take minutes with
+// the race detector.
 func TestAtScale(t *testing.T) {
-	for _, promise := range []struct {
+	for _, test := range []struct {
 		name string
-		hold func(*testing.T)
+		run  func(*testing.T)
 	}{
-		{"100 MiB pass unchanged and are held twice at most", hundredMebibytesPassUnchanged},
-		{"long replies are held twice at most on their way, the second too", longRepliesAreHeldTwiceAtMost},
-		{"open descriptors stay as many as they are", openDescriptorsStayAsManyAsTheyAre},
-		{"100,000 lines come out in order and take the memory of 1,000", manyLinesComeOutInOrderAndTakeLittleMemory},
-		{"lines survive workers that are killed, with --retries", linesSurviveKilledWorkers},
+		{"100 MiB pass unchanged and are in memory twice at most", hundredMebibytesPassUnchanged},
+		{"long replies are in memory twice at most, the second too", longRepliesAreInMemoryTwiceAtMost},
+		{"the number of open descriptors stays the same", numberOfOpenDescriptorsStaysTheSame},
+		{"100,000 lines come out in order and take no more memory than 2,000", manyLinesComeOutInOrderAndTakeLittleMemory},
+		{"with --retries no line is lost when workers are killed", linesSurviveKilledWorkers},
 	} {
-		t.Run(promise.name, promise.hold)
+		t.Run(test.name, test.run)
 	}
 }
 
 func hundredMebibytesPassUnchanged(t *testing.T) {
-	s := newSite(t, "--heartbeat", "1s") // which wait behind the frame
+	s := newSystem(t, "--heartbeat", "1s") // heartbeats wait while a frame is sent
 	s.start("bservice", "--stdin", "--max-output", "101M", "cat", "cat")
 	block := make([]byte, 1<<20)
 	random := rand.NewChaCha8([32]byte{})
@@ -58,28 +58,28 @@ func hundredMebibytesPassUnchanged(t *testing.T) {
 		t.Error(err)
 	}
 	if !bytes.Equal(sent.Sum(nil), received.Sum(nil)) {
-		t.Error("the bytes that came back are others")
+		t.Error("the reply differs from the request")
 	}
-	// The request is copied once on its way, and the reply, after it, as well.
+	// brequest copies the request once and then, when the request is gone, the reply once.
 	const payload = 100 << 20
 	if peak := int(request.ProcessState.SysUsage().(*syscall.Rusage).Maxrss) << 10; peak > payload*22/10 {
-		t.Errorf("brequest took %d MiB at its peak", peak>>20)
+		t.Errorf("the peak of brequest was %d MiB", peak>>20)
 	}
 }
 
-func longRepliesAreHeldTwiceAtMost(t *testing.T) {
+func longRepliesAreInMemoryTwiceAtMost(t *testing.T) {
 	const length = 100 << 20
-	s := newSite(t, "--heartbeat", "1s")
+	s := newSystem(t, "--heartbeat", "1s")
 	service := s.start("bservice", "--max-output", "100M", "long", "head", "-c", fmt.Sprint(length), "/dev/zero")
 	for range 2 {
 		request := exec.Command("brequest", "-n", "long")
 		request.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
 		reply, err := request.Output()
 		if err != nil || len(reply) != length {
-			t.Fatalf("%d bytes came, %v", len(reply), err)
+			t.Fatalf("got %d bytes, %v", len(reply), err)
 		}
 	}
-	for name, p := range map[string]*running{"bbroker": s.broker, "bservice": service} {
+	for name, p := range map[string]*childProcess{"bbroker": s.broker, "bservice": service} {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
 		if err != nil {
 			t.Fatal(err)
@@ -87,18 +87,18 @@ func longRepliesAreHeldTwiceAtMost(t *testing.T) {
 		_, peak, _ := strings.Cut(string(status), "VmHWM:")
 		kib, err := strconv.Atoi(strings.Fields(peak)[0])
 		if err != nil || kib<<10 > length*22/10 {
-			t.Errorf("%s took %d MiB at its peak, %v", name, kib>>10, err)
+			t.Errorf("the peak of %s was %d MiB, %v", name, kib>>10, err)
 		}
 	}
 }
 
-func openDescriptorsStayAsManyAsTheyAre(t *testing.T) {
+func numberOfOpenDescriptorsStaysTheSame(t *testing.T) {
 	const total = 5000
-	s := newSite(t)
+	s := newSystem(t)
 	service := s.start("bservice", "--heartbeat", "100ms", "-j4", "true", "true")
 	coproc := s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat")
-	s.becomes("backbone_workers", 8)
-	count := func(p *running) int {
+	s.waitForMetric("backbone_workers", 8)
+	count := func(p *childProcess) int {
 		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.Process.Pid))
 		if err != nil {
 			t.Fatal(err)
@@ -111,11 +111,11 @@ func openDescriptorsStayAsManyAsTheyAre(t *testing.T) {
 	pipeline(t, s, "true", total/2)
 	pipeline(t, s, "echo", total/2)
 	if after := [2]int{count(service), count(coproc)}; after != before {
-		t.Errorf("open descriptors were %d and are %d", before, after)
+		t.Errorf("%d descriptors were open before, %d after", before, after)
 	}
 }
 
-// A filter is a brequest --each with ends for the test to hold.
+// A filter is a brequest --each process with pipes for its standard input and output.
 type filter struct {
 	*exec.Cmd
 	t      *testing.T
@@ -123,7 +123,7 @@ type filter struct {
 	stdout *bufio.Reader
 }
 
-func startFilter(t *testing.T, s *site, args ...string) *filter {
+func startFilter(t *testing.T, s *system, args ...string) *filter {
 	t.Helper()
 	f := &filter{Cmd: exec.Command("brequest", append([]string{"--each"}, args...)...), t: t}
 	f.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
@@ -143,7 +143,7 @@ func startFilter(t *testing.T, s *site, args ...string) *filter {
 	return f
 }
 
-// pass sends the numbers from first to last, a line each, and expects them back in order.
+// pass writes the numbers from first to last, one a line, and expects them back in order.
 func (f *filter) pass(first, last int) {
 	f.t.Helper()
 	go func() {
@@ -161,12 +161,12 @@ func (f *filter) pass(first, last int) {
 	}
 }
 
-// end ends the input and expects the output and the process to end.
+// end closes the input and expects the output and the process to end.
 func (f *filter) end() {
 	f.t.Helper()
 	f.stdin.Close()
 	if rest, err := io.ReadAll(f.stdout); err != nil || len(rest) > 0 {
-		f.t.Errorf("there is more: %q, %v", rest, err)
+		f.t.Errorf("unexpected output at the end: %q, %v", rest, err)
 	}
 	if err := f.Wait(); err != nil {
 		f.t.Error(err)
@@ -174,29 +174,29 @@ func (f *filter) end() {
 }
 
 func manyLinesComeOutInOrderAndTakeLittleMemory(t *testing.T) {
-	s := newSite(t)
+	s := newSystem(t)
 	s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "echo", "cat")
 	f := startFilter(t, s, "echo")
-	f.pass(1, 1000)
-	few := memory(t, f.Process.Pid, "VmHWM")
-	f.pass(1001, 100000)
-	many := memory(t, f.Process.Pid, "VmHWM")
+	f.pass(1, 2000) // by then its threads and its heap have their size
+	few := processMemory(t, f.Process.Pid, "VmHWM")
+	f.pass(2001, 100000)
+	many := processMemory(t, f.Process.Pid, "VmHWM")
 	f.end()
 	if few == 0 || many > few*110/100 {
-		t.Errorf("the peak was %d kB after 1,000 lines and %d kB after 100,000", few>>10, many>>10)
+		t.Errorf("the peak was %d kB after 2,000 lines and %d kB after 100,000", few>>10, many>>10)
 	}
 }
 
 func linesSurviveKilledWorkers(t *testing.T) {
-	s := newSite(t)
-	start := func() *running {
+	s := newSystem(t)
+	start := func() *childProcess {
 		return s.start("bservice", "--heartbeat", "100ms", "-j2", "--coproc", "echo", "cat")
 	}
 	steady, victim := start(), start()
-	steady.says(1, "is ready")
+	steady.waitForLines(1, "is ready")
 	f := startFilter(t, s, "--retries", "20", "echo")
 	for round := range 10 {
-		victim.says(1, "is ready")
+		victim.waitForLines(1, "is ready")
 		f.pass(2000*round+1, 2000*round+1000)
 		killed := make(chan struct{})
 		go func() {

@@ -424,6 +424,14 @@ func (w *netWaiter) Wait(deadline time.Time) (readable, monitored bool, err erro
 	return w.readable.Swap(false), w.monitored.Swap(false), nil
 }
 
+// earlier returns the earlier of two times, of which a zero one is never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
 // openUninherited returns the descriptors that open opens, so that no command inherits them.
 func openUninherited(open func() ([]int, error)) ([]int, error) {
 	syscall.ForkLock.RLock()

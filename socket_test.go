@@ -10,24 +10,24 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// A message goes through C in parts and with its short frames together. None of that may
-// show: here at the bounds of both.
+// A socket passes a message to C in batches of frames and joins short frames. The messages here are
+// at the limits of both.
 func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 	raw, endpoint := bindPeer(t)
-	ours, err := newSocket(zmq.DEALER)
+	dealer, err := newSocket(zmq.DEALER)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ours.Close()
-	if err := ours.watch(zmq.EVENT_CONNECTED); err != nil {
+	defer dealer.Close()
+	if err := dealer.watch(zmq.EVENT_CONNECTED); err != nil {
 		t.Fatal(err)
 	}
-	if err := ours.Connect(endpoint); err != nil {
+	if err := dealer.Connect(endpoint); err != nil {
 		t.Fatal(err)
 	}
 	waiter := newPollWaiter()
 	random := rand.NewChaCha8([32]byte{})
-	lengths := []int{0, 1, maxJoined - 1, maxJoined, maxJoined + 1, 0, maxJoined / 2, maxJoined / 2, 1 << 20, 33}
+	lengths := []int{0, 1, maxJoined - 1, maxJoined, maxJoined + 1, 0, maxJoined / 2, maxJoined / 2, 1 << 18, 33}
 	for _, count := range []int{1, 2, 15, 16, 17, 32, 100} {
 		for shift := range lengths {
 			t.Run(fmt.Sprintf("%d frames, the first of %d bytes", count, lengths[shift]), func(t *testing.T) {
@@ -36,28 +36,29 @@ func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 					message[i] = make([]byte, lengths[(i+shift)%len(lengths)])
 					random.Read(message[i])
 				}
-				if err := ours.send(message); err != nil {
+				if err := dealer.send(message); err != nil {
 					t.Fatal(err)
 				}
-				came, err := raw.RecvMessageBytes(0)
+				received, err := raw.RecvMessageBytes(0)
 				if err != nil {
 					t.Fatal(err)
 				}
-				expectFrames(t, came[1:], message)
+				expectFrames(t, received[1:], message)
 
-				if _, err := raw.SendMessage(came); err != nil {
+				if _, err := raw.SendMessage(received); err != nil {
 					t.Fatal(err)
 				}
 				var back [][]byte
 				for end := time.Now().Add(10 * time.Second); back == nil && time.Now().Before(end); {
-					if _, _, err := waiter.Wait(ours, end); err != nil {
+					if _, _, err := waiter.Wait(dealer, end); err != nil {
 						t.Fatal(err)
 					}
-					if back, err = ours.receive(); err != nil {
+					if back, err = dealer.receive(); err != nil {
 						t.Fatal(err)
 					}
 				}
 				expectFrames(t, back, message)
+				// Appending to a frame must not overwrite the next one.
 				for i := range back {
 					_ = append(back[i], "another frame's bytes?"...)
 				}
@@ -70,11 +71,11 @@ func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 func expectFrames(t *testing.T, got, want [][]byte) {
 	t.Helper()
 	if len(got) != len(want) {
-		t.Fatalf("%d frames came, not %d", len(got), len(want))
+		t.Fatalf("got %d frames, want %d", len(got), len(want))
 	}
 	for i := range want {
 		if !bytes.Equal(got[i], want[i]) {
-			t.Fatalf("frame %d of %d bytes came as %d others", i, len(want[i]), len(got[i]))
+			t.Fatalf("frame %d of %d bytes was received as %d different bytes", i, len(want[i]), len(got[i]))
 		}
 	}
 }

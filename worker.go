@@ -224,7 +224,7 @@ func (s *Service) Serve(stop context.Context) error {
 		case unknownHost:
 			s.noticeMissing(begin) // The name may be known soon.
 		case over != errMissing:
-			s.infof("%s: %v; connecting to %s again", s.Name, over, s.Endpoint)
+			s.infof("%s: %v; reconnecting to %s", s.Name, over, s.Endpoint)
 		}
 		// A broker that turns us away at once must not be asked again at once.
 		pause := min(s.Heartbeat, time.Second)

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// testCommand runs a command by the rules that bservice has without flags.
+// testCommand returns a service that runs a command like bservice without flags.
 func testCommand(command ...string) *CmdService {
 	return &CmdService{
 		Name:         "svc",
@@ -34,10 +34,10 @@ func TestFramesBecomeArgumentsByteForByte(t *testing.T) {
 		{"none", []string{"ls"}, nil, []string{"ls"}},
 		{"at the end", []string{"ls", "-l"}, frames("a b", "", "$x;`y`", "\xff\n"),
 			[]string{"ls", "-l", "a b", "", "$x;`y`", "\xff\n"}},
-		{"in the place of {}", []string{"cp", "{}", "/dest"}, frames("a", "b"), []string{"cp", "a", "b", "/dest"}},
-		{"nothing in the place of {}", []string{"cp", "{}", "/dest"}, nil, []string{"cp", "/dest"}},
+		{"in place of {}", []string{"cp", "{}", "/dest"}, frames("a", "b"), []string{"cp", "a", "b", "/dest"}},
+		{"nothing in place of {}", []string{"cp", "{}", "/dest"}, nil, []string{"cp", "/dest"}},
 		{"{} that does not stand alone", []string{"echo", "<{}>"}, frames("a"), []string{"echo", "<{}>", "a"}},
-		{"a {} of the request", []string{"echo"}, frames("{}"), []string{"echo", "{}"}},
+		{"a {} in the request", []string{"echo"}, frames("{}"), []string{"echo", "{}"}},
 		{"a command named {}", []string{"{}"}, frames("a"), []string{"{}", "a"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -50,7 +50,7 @@ func TestFramesBecomeArgumentsByteForByte(t *testing.T) {
 	}
 }
 
-func TestCommandsEndInTheReplyThatTheyDeserve(t *testing.T) {
+func TestOutcomeOfACommandDeterminesItsReply(t *testing.T) {
 	dir := t.TempDir()
 	plain := filepath.Join(dir, "plain")
 	if err := os.WriteFile(plain, []byte("not executable"), 0o644); err != nil {
@@ -60,10 +60,10 @@ func TestCommandsEndInTheReplyThatTheyDeserve(t *testing.T) {
 		name    string
 		command []string
 		body    [][]byte
-		want    []string // of a status reply's standard error, the beginning is enough
+		want    []string // for the standard error of a status reply, a prefix
 	}{
 		{"success", []string{"printf", `a\000\377`}, nil, []string{"a\x00\xff"}},
-		{"success in silence", []string{"true"}, nil, []string{""}},
+		{"success without output", []string{"true"}, nil, []string{""}},
 		{"empty standard input", []string{"cat"}, nil, []string{""}},
 		{"environment", []string{"sh", "-c", "printf %s $BACKBONE_SERVICE"}, nil, []string{"svc"}},
 		{"failure", []string{"sh", "-c", "printf out; printf err >&2; exit 3"}, nil, []string{"out", "err", "exit status 3"}},
@@ -140,19 +140,19 @@ func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
 		c := testCommand("sh", "-c", test.line)
 		c.Stderr = test.stderr
 		var got []string
-		log := ours(t, func() { got = spell(c.Handle("token", nil).Body()) })
+		log := captureStderr(t, func() { got = spell(c.Handle("token", nil).Body()) })
 		if !reflect.DeepEqual(got, test.want) || log != test.log {
 			t.Errorf("--stderr %s, %s: got %q and the log %q, want %q and %q", test.stderr, test.line, got, log, test.want, test.log)
 		}
 	}
 }
 
-func TestFailureTellsTheEndOfALongStandardError(t *testing.T) {
+func TestFailureIncludesTheEndOfALongStandardError(t *testing.T) {
 	c := testCommand("sh", "-c", "seq 1 100000 >&2; exit 1")
 	var got [][]byte
-	log := ours(t, func() { got = c.Handle("token", nil).Body() })
+	log := captureStderr(t, func() { got = c.Handle("token", nil).Body() })
 	if stderr := string(got[1]); len(stderr) < 64<<10 || len(stderr) > 128<<10 || !strings.HasSuffix(log, stderr) {
-		t.Errorf("%d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
+		t.Errorf("got %d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
 	}
 }
 
@@ -167,20 +167,20 @@ func TestOutputBeyondItsBoundEndsTheCommand(t *testing.T) {
 		got := spell(c.Handle("token", nil).Body())
 		if len(got) != 3 || len(got[0])+len(got[1]) > 1200 || got[2] != "exit status 74" ||
 			!strings.Contains(got[1], "bservice: svc: ended because it printed more than --max-output 1000 bytes\n") {
-			t.Errorf("--stderr %s: %.1500q", test.stderr, got)
+			t.Errorf("--stderr %s: got %.1500q", test.stderr, got)
 		}
 	}
 }
 
-func TestEndedCommandTakesItsGroupAlong(t *testing.T) {
+func TestEndOfACommandEndsItsProcessGroup(t *testing.T) {
 	for _, test := range []struct {
 		name, line string
 		status     string
 	}{
-		{"both heed SIGTERM", `sleep 1000 3>"$0" & wait`, "exit status 143"},
-		{"both ignore it", `trap "" TERM; sleep 1000 3>"$0" & wait`, "exit status 137"},
-		{"the child ignores it and holds the output", `(trap "" TERM; exec sleep 1000 3>"$0") & wait`, "exit status 143"},
-		{"the child ignores it and holds no output", `(trap "" TERM; exec sleep 1000 3>"$0" >&3 2>&3) & wait`, "exit status 143"},
+		{"both obey SIGTERM", `sleep 1000 3>"$0" & wait`, "exit status 143"},
+		{"both ignore SIGTERM", `trap "" TERM; sleep 1000 3>"$0" & wait`, "exit status 137"},
+		{"the child ignores SIGTERM and holds the output", `(trap "" TERM; exec sleep 1000 3>"$0") & wait`, "exit status 143"},
+		{"the child ignores SIGTERM and holds no output", `(trap "" TERM; exec sleep 1000 3>"$0" >&3 2>&3) & wait`, "exit status 143"},
 		{"the child outlives the command", `trap "exit 0" TERM; (trap "" TERM; exec sleep 1000 3>"$0") & wait`, ""},
 	} {
 		for _, timeout := range []bool{false, true} {
@@ -196,7 +196,7 @@ func TestEndedCommandTakesItsGroupAlong(t *testing.T) {
 				}
 				ended := make(chan [][]byte)
 				go func() { ended <- c.Handle("token", nil).Body() }()
-				// The child holds it open until it dies.
+				// The child keeps the FIFO open until it ends.
 				reader, err := os.Open(fifo)
 				if err != nil {
 					t.Fatal(err)
@@ -225,7 +225,7 @@ func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
 	if got := spell(c.Handle("token", nil).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
 		t.Errorf("got %q", got)
 	}
-	// Lets the grandchild go.
+	// Ends the grandchild.
 	if f, err := os.OpenFile(fifo, os.O_WRONLY, 0); err == nil {
 		f.Close()
 	}
@@ -240,8 +240,9 @@ func newCoprocess(t *testing.T, command ...string) *coprocess {
 	return c
 }
 
-// asks has a coprocess answer a request. Of standard error the beginning is enough.
-func (c *coprocess) asks(t *testing.T, body []string, want ...string) {
+// expectReply sends a request to a coprocess and checks the reply. For the standard error of a
+// status reply, want has a prefix.
+func (c *coprocess) expectReply(t *testing.T, body []string, want ...string) {
 	t.Helper()
 	got := spell(c.Handle("token", frames(body...)).Body())
 	if len(got) == 3 && len(want) == 3 {
@@ -254,38 +255,39 @@ func (c *coprocess) asks(t *testing.T, body []string, want ...string) {
 
 func TestCoprocessAnswersLineForLine(t *testing.T) {
 	c := newCoprocess(t, "cat")
-	c.asks(t, nil, "\n")
-	c.asks(t, []string{""}, "\n")
-	c.asks(t, []string{"hello"}, "hello\n")
-	c.asks(t, []string{"a", "", "b\x00\xff"}, "a\t\tb\x00\xff\n")
-	long := strings.Repeat("x", 1<<22) // more than any pipe holds
-	c.asks(t, []string{long}, long+"\n")
+	c.expectReply(t, nil, "\n")
+	c.expectReply(t, []string{""}, "\n")
+	c.expectReply(t, []string{"hello"}, "hello\n")
+	c.expectReply(t, []string{"a", "", "b\x00\xff"}, "a\t\tb\x00\xff\n")
+	long := strings.Repeat("x", 1<<22) // more than a pipe holds
+	c.expectReply(t, []string{long}, long+"\n")
 }
 
 func TestCoprocessAnswersRecordForRecord(t *testing.T) {
 	c := newCoprocess(t, "cat")
 	c.terminator = 0
-	c.asks(t, []string{"two\nlines\n", "x"}, "two\nlines\n\tx")
-	c.asks(t, []string{"a\x00"}, "", "bservice: svc: frame 1 contains a NUL byte, which ends a request\n", "exit status 126")
+	c.expectReply(t, []string{"two\nlines\n", "x"}, "two\nlines\n\tx")
+	c.expectReply(t, []string{"a\x00"}, "", "bservice: svc: frame 1 contains a NUL byte, which ends a request\n", "exit status 126")
 }
 
 func TestCoprocessIsOneProcess(t *testing.T) {
 	c := newCoprocess(t, "sh", "-c", "while read x; do echo $$; done")
 	c.open()
 	first := fmt.Sprintln(c.running.Process.Pid)
-	c.asks(t, nil, first)
-	c.asks(t, nil, first)
+	c.expectReply(t, nil, first)
+	c.expectReply(t, nil, first)
 }
 
 func TestFramesThatWouldBeMistakenAreRefused(t *testing.T) {
 	c := newCoprocess(t, "cat")
-	c.asks(t, []string{"a", "b\nc"}, "", "bservice: svc: frame 2 contains a newline, which ends a request\n", "exit status 126")
-	c.asks(t, []string{"a\tb"}, "", "bservice: svc: frame 1 contains a tab, which separates arguments\n", "exit status 126")
-	c.asks(t, []string{"fine"}, "fine\n")
+	c.expectReply(t, []string{"a", "b\nc"}, "", "bservice: svc: frame 2 contains a newline, which ends a request\n", "exit status 126")
+	c.expectReply(t, []string{"a\tb"}, "", "bservice: svc: frame 1 contains a tab, which separates arguments\n", "exit status 126")
+	c.expectReply(t, []string{"fine"}, "fine\n")
 }
 
-// poisonable answers with its number among the processes, and does what it is told.
-const poisonable = `echo >>"$0"; n=$(wc -l <"$0"); while read -r line; do
+// evalCoprocess is a shell script for a coprocess. It answers an empty line with how often it was
+// started, counted in the file $0. It evaluates any other line.
+const evalCoprocess = `echo >>"$0"; n=$(wc -l <"$0"); while read -r line; do
 	case $line in
 	"") echo $n ;;
 	*) eval "$line" ;;
@@ -308,14 +310,14 @@ func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
 		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended because it printed more than --max-output 100000 bytes\n", "exit status 74"}},
 	} {
 		t.Run(test.poison, func(t *testing.T) {
-			c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+			c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(t.TempDir(), "count"))
 			c.MaxOutput = 100_000
-			c.asks(t, nil, "1\n")
+			c.expectReply(t, nil, "1\n")
 			*c.Timeout = 300 * time.Millisecond
-			c.asks(t, []string{test.poison}, test.want...)
+			c.expectReply(t, []string{test.poison}, test.want...)
 			*c.Timeout = 20 * time.Second
-			c.asks(t, nil, "2\n")
-			c.asks(t, nil, "2\n")
+			c.expectReply(t, nil, "2\n")
+			c.expectReply(t, nil, "2\n")
 		})
 	}
 }
@@ -323,8 +325,8 @@ func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
 func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
 	dir := t.TempDir()
 	fifo := newFifo(t)
-	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(dir, "count"))
-	c.asks(t, []string{"echo first; read go <'" + fifo + "'; echo stray"}, "first\n")
+	c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(dir, "count"))
+	c.expectReply(t, []string{"echo first; read go <'" + fifo + "'; echo stray"}, "first\n")
 	if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -332,32 +334,32 @@ func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
 		runtime.Gosched()
 	}
 	first := c.running
-	c.asks(t, nil, "2\n")
+	c.expectReply(t, nil, "2\n")
 	<-first.ended
 }
 
 func TestCoprocessThatDiedWhileIdleIsReplacedUnnoticed(t *testing.T) {
-	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
-	c.asks(t, nil, "1\n")
+	c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(t.TempDir(), "count"))
+	c.expectReply(t, nil, "1\n")
 	c.running.Process.Kill()
 	<-c.running.ended
-	c.asks(t, nil, "2\n")
+	c.expectReply(t, nil, "2\n")
 }
 
 func TestCoprocessThatEndsAgainAndAgainIsGivenPauses(t *testing.T) {
 	c := newCoprocess(t, "sh", "-c", "exit 5")
-	c.asks(t, nil, "", "", "exit status 5")
-	c.asks(t, nil, "", "", "exit status 5")
-	c.asks(t, nil, "", "bservice: svc: sh ends again and again; it is started again in ", "exit status 75")
+	c.expectReply(t, nil, "", "", "exit status 5")
+	c.expectReply(t, nil, "", "", "exit status 5")
+	c.expectReply(t, nil, "", "bservice: svc: sh ends again and again; it is started again in ", "exit status 75")
 	c.restarts.next = time.Now()
-	c.asks(t, nil, "", "", "exit status 5")
+	c.expectReply(t, nil, "", "", "exit status 5")
 }
 
-func TestPoisonDoesNotBringPausesToAProcessThatAnswers(t *testing.T) {
-	c := newCoprocess(t, "sh", "-c", poisonable, filepath.Join(t.TempDir(), "count"))
+func TestCoprocessThatAnsweredIsRestartedWithoutPause(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(t.TempDir(), "count"))
 	for i := range 5 {
-		c.asks(t, nil, fmt.Sprintln(i+1))
-		c.asks(t, []string{"exit 3"}, "", "", "exit status 3")
+		c.expectReply(t, nil, fmt.Sprintln(i+1))
+		c.expectReply(t, []string{"exit 3"}, "", "", "exit status 3")
 	}
 }
 
@@ -374,13 +376,13 @@ func TestPausesGrowToFiveSeconds(t *testing.T) {
 		want[i] *= time.Millisecond
 	}
 	if !reflect.DeepEqual(got, want) {
-		t.Errorf("pauses of %v, want %v", got, want)
+		t.Errorf("the pauses are %v, want %v", got, want)
 	}
 	for range 1000 {
 		l.failed(now)
 	}
 	if pause := l.next.Sub(now); pause != maxBackoff {
-		t.Errorf("after very many a pause of %v", pause)
+		t.Errorf("after very many failures the pause is %v", pause)
 	}
 }
 
@@ -398,7 +400,7 @@ func TestCoprocessEndsWithItsInputOrElseBySignals(t *testing.T) {
 		c.open()
 		c.close()
 		if got := c.running.ProcessState.String(); got != test.want {
-			t.Errorf("%s: %s, want %s", test.line, got, test.want)
+			t.Errorf("%s: ended with %s, want %s", test.line, got, test.want)
 		}
 	}
 }

@@ -79,7 +79,7 @@ func (s *session) Receive(frames [][]byte) {
 		s.address, s.working = m.Client, true
 		s.start(tokenOf(m.Client), m.Body)
 	case KindDisconnect:
-		s.over = errors.New("the broker said DISCONNECT")
+		s.over = errors.New("the broker sent DISCONNECT")
 	}
 }
 
@@ -93,7 +93,7 @@ func tokenOf(address [][]byte) string {
 func (s *session) Finish(body [][]byte) {
 	s.working = false
 	if s.over != nil {
-		s.errorf("%s: a reply is lost: %v", s.Name, s.over)
+		s.errorf("%s: reply dropped: %v", s.Name, s.over)
 		return
 	}
 	s.reply = &Message{Kind: KindReply, Client: s.address, Body: body}
@@ -143,10 +143,10 @@ func (s *session) busy() bool {
 	return s.working || s.reply != nil
 }
 
-// Leave says DISCONNECT.
+// Leave sends DISCONNECT.
 func (s *session) Leave() {
 	if s.reply != nil {
-		s.errorf("%s: a reply is lost: the broker is gone", s.Name)
+		s.errorf("%s: reply dropped: the broker is gone", s.Name)
 	}
 	if s.registered {
 		s.deliver(Message{Kind: KindDisconnect})

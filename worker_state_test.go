@@ -7,244 +7,246 @@ import (
 	"time"
 )
 
-// A fakeLink is a session without a socket and without a command: it records what the
-// session sends and starts, and its clock goes only when told to.
-type fakeLink struct {
+// A fakeSession is a session without a socket and a command: it records what the session sends and
+// which requests it starts, and its clock goes only when told to.
+type fakeSession struct {
 	*session
 	t       *testing.T
 	sent    [][]string // since the last call of expect
-	started [][]string // the bodies of the requests that were started
+	started [][]string // bodies of requests
 	failure error      // of every send
 	clock   time.Time
 }
 
-func newFakeLink(t *testing.T) *fakeLink {
-	l := &fakeLink{t: t, clock: time.Unix(0, 0)}
-	l.session = &session{
+func newFakeSession(t *testing.T) *fakeSession {
+	s := &fakeSession{t: t, clock: time.Unix(0, 0)}
+	s.session = &session{
 		Service: &Service{
 			Name:           "echo",
 			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
 			console:        console{quiet: true},
 		},
 		send: func(frames [][]byte) error {
-			if l.failure == nil {
-				l.sent = append(l.sent, spell(frames))
+			if s.failure == nil {
+				s.sent = append(s.sent, spell(frames))
 			}
-			return l.failure
+			return s.failure
 		},
-		start: func(_ string, body [][]byte) { l.started = append(l.started, spell(body)) },
+		start: func(_ string, body [][]byte) { s.started = append(s.started, spell(body)) },
 	}
-	l.Tick(l.clock)
-	return l
+	s.Tick(s.clock)
+	return s
 }
 
-// register brings the session to where it waits for requests.
-func (l *fakeLink) register() {
-	l.t.Helper()
-	l.Flush()
-	l.expect([]string{"", "MDPW01", "\x01", "echo"})
+// register makes the session send READY, after which it waits for requests.
+func (s *fakeSession) register() {
+	s.t.Helper()
+	s.Flush()
+	s.expect([]string{"", "MDPW01", "\x01", "echo"})
 }
 
-func (l *fakeLink) from(spelled ...string) {
-	l.t.Helper()
-	l.Receive(frames(spelled...))
+func (s *fakeSession) from(spelled ...string) {
+	s.t.Helper()
+	s.Receive(frames(spelled...))
 }
 
-func (l *fakeLink) pass(n int) {
+// pass advances the clock by n heartbeat intervals.
+func (s *fakeSession) pass(n int) {
 	for range n {
-		l.clock = l.clock.Add(time.Second)
-		l.Tick(l.clock)
+		s.clock = s.clock.Add(time.Second)
+		s.Tick(s.clock)
 	}
 }
 
-func (l *fakeLink) expect(want ...[]string) {
-	l.t.Helper()
-	if len(l.sent) != len(want) || len(want) > 0 && !reflect.DeepEqual(l.sent, want) {
-		l.t.Fatalf("the worker sent %q, want %q", l.sent, want)
+// expect checks the messages sent since its last call.
+func (s *fakeSession) expect(want ...[]string) {
+	s.t.Helper()
+	if len(s.sent) != len(want) || len(want) > 0 && !reflect.DeepEqual(s.sent, want) {
+		s.t.Fatalf("the worker sent %q, want %q", s.sent, want)
 	}
-	l.sent = nil
+	s.sent = nil
 }
 
-func (l *fakeLink) expectOver(over bool) {
-	l.t.Helper()
-	if (l.over != nil) != over {
-		l.t.Fatalf("the session is over: %v, want %v (%v)", l.over != nil, over, l.over)
+func (s *fakeSession) expectOver(over bool) {
+	s.t.Helper()
+	if (s.over != nil) != over {
+		s.t.Fatalf("the session is over: %v, want %v (%v)", s.over != nil, over, s.over)
 	}
 }
 
 func TestReadyIsTheFirstThingThatIsSent(t *testing.T) {
-	l := newFakeLink(t)
-	if !l.unsent() {
-		t.Error("the session does not wait for the broker")
+	s := newFakeSession(t)
+	if !s.unsent() {
+		t.Error("the session has nothing to send")
 	}
-	l.failure = errWouldBlock
-	l.Flush()
-	l.Tick(l.clock)
-	l.expectOver(false)
-	l.failure = nil
-	l.register()
-	if l.unsent() {
-		t.Error("the session waits to send more")
+	s.failure = errWouldBlock
+	s.Flush()
+	s.Tick(s.clock)
+	s.expectOver(false)
+	s.failure = nil
+	s.register()
+	if s.unsent() {
+		t.Error("the session has more to send")
 	}
 }
 
 func TestReplyGoesToTheAddressOfItsRequest(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from("", "MDPW01", "\x02", "A", "7", "", "hello", "")
-	if want := [][]string{{"hello", ""}}; !reflect.DeepEqual(l.started, want) {
-		t.Fatalf("started %q, want %q", l.started, want)
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "A", "7", "", "hello", "")
+	if want := [][]string{{"hello", ""}}; !reflect.DeepEqual(s.started, want) {
+		t.Fatalf("started %q, want %q", s.started, want)
 	}
-	l.Finish(frames("good", "bye"))
-	l.expect([]string{"", "MDPW01", "\x03", "A", "7", "", "good", "bye"})
+	s.Finish(frames("good", "bye"))
+	s.expect([]string{"", "MDPW01", "\x03", "A", "7", "", "good", "bye"})
 }
 
-func TestMissingBrokerIsToldOfEveryHalfMinute(t *testing.T) {
-	l := newFakeLink(t)
-	l.quiet, l.tool, l.Endpoint = false, "bservice", "tcp://nowhere:5555"
+func TestMissingBrokerIsReportedEveryHalfMinute(t *testing.T) {
+	s := newFakeSession(t)
+	s.quiet, s.tool, s.Endpoint = false, "bservice", "tcp://nowhere:5555"
 	const waits = "bservice: echo waits for a broker at tcp://nowhere:5555\n"
 	for _, want := range []struct {
 		seconds int
-		said    string
+		stderr  string
 	}{{0, ""}, {1, waits}, {29, ""}, {1, waits}, {29, ""}, {1, waits}} {
-		if said := ours(t, func() { l.pass(want.seconds) }); said != want.said {
-			t.Errorf("after %d s more it said %q, want %q", want.seconds, said, want.said)
+		if got := captureStderr(t, func() { s.pass(want.seconds) }); got != want.stderr {
+			t.Errorf("after %d s more it printed %q, want %q", want.seconds, got, want.stderr)
 		}
-		// Each time it begins anew, since the broker's name may have another address.
-		if over := l.over != nil; over != (want.said != "") {
-			t.Errorf("after %d s more the session is over: %v", want.seconds, l.over)
+		// Each time the session ends, since the name of the broker may now have another address.
+		if over := s.over != nil; over != (want.stderr != "") {
+			t.Errorf("after %d s more the session is over: %v", want.seconds, s.over)
 		}
-		l.over = nil
+		s.over = nil
 	}
-	ours(t, func() { l.register() })
-	if said := ours(t, func() { l.pass(3) }); said != "" {
-		t.Errorf("with a broker it said %q", said)
+	captureStderr(t, func() { s.register() })
+	if got := captureStderr(t, func() { s.pass(3) }); got != "" {
+		t.Errorf("with a broker it printed %q", got)
 	}
 }
 
 func TestHeartbeatsGoOnWhileTheCommandRuns(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from("", "MDPW01", "\x02", "A", "")
-	l.pass(3)
-	l.expect(heartbeatFrames, heartbeatFrames, heartbeatFrames)
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "A", "")
+	s.pass(3)
+	s.expect(heartbeatFrames, heartbeatFrames, heartbeatFrames)
 }
 
 func TestHeartbeatOfTheBrokerIsNotAnswered(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from(heartbeatFrames...)
-	l.expect()
+	s := newFakeSession(t)
+	s.register()
+	s.from(heartbeatFrames...)
+	s.expect()
 }
 
 func TestSessionEndsWhenTheBrokerFallsSilent(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.pass(5)
-	l.from(heartbeatFrames...)
-	l.pass(5)
-	l.expectOver(false)
-	l.pass(1)
-	l.expectOver(true)
+	s := newFakeSession(t)
+	s.register()
+	s.pass(5)
+	s.from(heartbeatFrames...)
+	s.pass(5)
+	s.expectOver(false)
+	s.pass(1)
+	s.expectOver(true)
 }
 
 func TestSessionEndsWhenAnIdleWorkerLosesItsConnection(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.Lose()
-	l.expectOver(true)
+	s := newFakeSession(t)
+	s.register()
+	s.Lose()
+	s.expectOver(true)
 }
 
 func TestSessionOutlivesASilentOrAbsentBrokerWhileTheCommandRuns(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from("", "MDPW01", "\x02", "A", "")
-	l.pass(100)
-	l.failure = errWouldBlock
-	l.Lose()
-	l.pass(100)
-	l.sent = nil
-	l.Finish(frames("done"))
-	l.pass(1)
-	l.expectOver(false)
-	if !l.unsent() {
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "A", "")
+	s.pass(100)
+	s.failure = errWouldBlock
+	s.Lose()
+	s.pass(100)
+	s.sent = nil
+	s.Finish(frames("done"))
+	s.pass(1)
+	s.expectOver(false)
+	if !s.unsent() {
 		t.Fatal("the reply is lost")
 	}
-	l.failure = nil
-	l.Flush()
-	l.expect([]string{"", "MDPW01", "\x03", "A", "", "done"})
+	s.failure = nil
+	s.Flush()
+	s.expect([]string{"", "MDPW01", "\x03", "A", "", "done"})
 }
 
 func TestDisconnectEndsTheSession(t *testing.T) {
 	for _, disconnect := range [][]string{{"", "MDPW01", "\x05"}, {"MDPW01", "\x05"}} {
-		l := newFakeLink(t)
-		l.register()
-		l.from(disconnect...)
-		l.expectOver(true)
-		l.pass(10)
-		l.expect()
+		s := newFakeSession(t)
+		s.register()
+		s.from(disconnect...)
+		s.expectOver(true)
+		s.pass(10)
+		s.expect()
 	}
 }
 
 func TestReplyIsNotSentToABrokerThatDisconnectedMeanwhile(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from("", "MDPW01", "\x02", "A", "")
-	l.from("", "MDPW01", "\x05")
-	l.pass(10)
-	if !l.working {
-		t.Error("the command was forgotten")
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "A", "")
+	s.from("", "MDPW01", "\x05")
+	s.pass(10)
+	if !s.working {
+		t.Error("the session no longer waits for the command")
 	}
-	l.Finish(frames("done"))
-	l.expect()
-	l.expectOver(true)
+	s.Finish(frames("done"))
+	s.expect()
+	s.expectOver(true)
 }
 
 func TestConnectionLostInAMessageEndsTheSession(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from("", "MDPW01", "\x02", "A", "")
-	l.failure = syscall.EAGAIN
-	l.Finish(frames("done"))
-	l.expectOver(true)
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "A", "")
+	s.failure = syscall.EAGAIN
+	s.Finish(frames("done"))
+	s.expectOver(true)
 }
 
 func TestBadMessagesOfABrokerChangeNothing(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
+	s := newFakeSession(t)
+	s.register()
 	for _, bad := range [][]string{
 		{}, {""}, {"hello"}, {"", "MDPW01"}, {"", "MDPW01", "\x09"},
 		{"", "MDPW01", "\x01", "echo"}, {"", "MDPW01", "\x02", "A"},
 		{"", "MDPW01", "\x03", "A", "", "x"}, {"", "MDPC01", "echo", "x"},
 	} {
-		l.from(bad...)
+		s.from(bad...)
 	}
-	l.expect()
-	l.expectOver(false)
-	if l.started != nil {
-		t.Errorf("started %q", l.started)
+	s.expect()
+	s.expectOver(false)
+	if s.started != nil {
+		t.Errorf("started %q", s.started)
 	}
 }
 
 func TestSecondRequestBeforeTheReplyIsNotStarted(t *testing.T) {
-	l := newFakeLink(t)
-	l.register()
-	l.from("", "MDPW01", "\x02", "A", "", "1")
-	l.from("", "MDPW01", "\x02", "B", "", "2")
-	l.Finish(frames("one"))
-	l.expect([]string{"", "MDPW01", "\x03", "A", "", "one"})
-	if len(l.started) != 1 {
-		t.Errorf("started %q", l.started)
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "A", "", "1")
+	s.from("", "MDPW01", "\x02", "B", "", "2")
+	s.Finish(frames("one"))
+	s.expect([]string{"", "MDPW01", "\x03", "A", "", "one"})
+	if len(s.started) != 1 {
+		t.Errorf("started %q", s.started)
 	}
 }
 
-func TestLeaveSaysDisconnectOnlyToABrokerThatKnowsUs(t *testing.T) {
-	l := newFakeLink(t)
-	l.Leave()
-	l.expect()
-	l.register()
-	l.Leave()
-	l.expect([]string{"", "MDPW01", "\x05"})
+func TestLeaveSendsDisconnectOnlyAfterReady(t *testing.T) {
+	s := newFakeSession(t)
+	s.Leave()
+	s.expect()
+	s.register()
+	s.Leave()
+	s.expect([]string{"", "MDPW01", "\x05"})
 }
 
 func TestTokensArePrintable(t *testing.T) {

@@ -1,7 +1,7 @@
-// Sends the requests of its input with backbone.js, all at once, and prints what comes.
+// Sends the requests on standard input with backbone.js, concurrently, and prints the results.
 //
-// A line of JSON each, with bytes in hexadecimal: {"service", "message", "timeout"}, and
-// {"reply"} or {"error", "status", "stdout", "stderr"}.
+// A request is a line of JSON, {"service", "message", "timeout"}, and so is a result, {"reply"} or
+// {"error", "status", "stdout", "stderr"}. Bytes are in hexadecimal.
 const fs = require('fs');
 const { BackboneClient } = require('backbone');
 

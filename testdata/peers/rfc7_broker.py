@@ -1,5 +1,5 @@
-"""A broker from the text of RFC 7: one frame for the address of a client, no MMI, and
-heartbeats to idle workers only. Usage: rfc7_broker.py ENDPOINT"""
+"""A broker written from RFC 7. The address of a client is one frame, there is no MMI, and only
+idle workers get heartbeats. Usage: rfc7_broker.py ENDPOINT"""
 import sys
 import time
 
@@ -7,7 +7,7 @@ import zmq
 
 socket = zmq.Context().socket(zmq.ROUTER)
 socket.bind(sys.argv[1])
-workers = {}  # identity: [service, busy, when it was last heard]
+workers = {}  # identity: [service, busy, time of its last message]
 queue = []    # (service, client, body)
 beat = time.time()
 

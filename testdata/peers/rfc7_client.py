@@ -1,4 +1,4 @@
-"""A client from the text of RFC 7, with a REQ socket. Prints each frame of the reply.
+"""A client written from RFC 7, with a REQ socket. It prints each frame of the reply.
 Usage: rfc7_client.py ENDPOINT SERVICE [FRAME...]"""
 import sys
 

@@ -1,5 +1,5 @@
-"""A worker from the text of RFC 7 that blocks while it is busy, and so sends no heartbeats
-then. It replies with the request. Usage: rfc7_worker.py ENDPOINT SERVICE SECONDS"""
+"""A worker written from RFC 7. It replies with the body of the request after SECONDS, and sends no
+heartbeats while it is busy. Usage: rfc7_worker.py ENDPOINT SERVICE SECONDS"""
 import sys
 import time
 

@@ -1,4 +1,4 @@
-"""A service written with backbone.py that does what its requests say."""
+"""A service written with backbone.py. The first frame of a request says what it does."""
 import signal
 import sys
 import threading
@@ -13,13 +13,13 @@ def on_request(message, reply):
         raise StatusError(3, b'out\xff', b'err\n')
     if wish == b'throw':
         raise ValueError('boom')
-    if wish == b'late' and len(message) > 1:  # as late as the gate is opened
+    if wish == b'late' and len(message) > 1:  # reply when somebody opens the FIFO message[1]
         threading.Thread(target=lambda: (open(message[1]).close(), reply(b'late'))).start()
-    elif wish == b'late':  # and not in this thread
+    elif wish == b'late':  # reply from another thread
         threading.Timer(0.6, reply, [[b'late']]).start()
     elif wish == b'twice':
         reply(b'first')
-        time.sleep(0.3)  # until the next request is in hand
+        time.sleep(0.3)  # until the next request is in progress
         reply(b'second')
     elif wish == b'block':
         end = time.monotonic() + float(message[1])
