@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -27,8 +28,8 @@ hosts that you trust.
   --broker ENDPOINT      listen here instead, tcp://HOST:PORT or ipc:///PATH; may be
                          repeated
   --heartbeat DURATION   send workers a heartbeat this often (1s)
-  --liveness N           take a worker for dead after N heartbeats without one of its
-                         own (5)
+  --liveness N           give a worker up that has been silent for N heartbeat
+                         intervals (5)
   --queue-ttl DURATION   let a request wait this long for a service that nobody serves;
                          0 waits for ever (1m)
   --max-queue N          let up to N requests wait for one service (100000)
@@ -108,8 +109,7 @@ func (t *brokerTool) Run() error {
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 
-	// Replies and DISCONNECTs leave in less than a second if their receivers read; receivers that
-	// do not read cannot hold up the end.
+	// Closing waits up to a second, the linger, for replies and DISCONNECTs to leave.
 	defer zmq.Term()
 	router, bound, err := listen(endpoints, t.MaxMessage)
 	if err != nil {
@@ -136,10 +136,10 @@ func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
 	err = errors.Join(
 		// A message to a peer that is gone fails, instead of vanishing.
 		router.SetRouterMandatory(1),
-		// Messages that a peer has not read; a client may have many requests in flight. A client
-		// beyond it loses its replies, and nobody waits for it.
+		// Messages for one peer that it has not read; a client may have many requests in flight. A
+		// client that lets more pile up loses its replies: the broker never waits for it.
 		router.SetSndhwm(10_000),
-		// Messages of a peer that are not yet received. Beyond it TCP slows the peer down.
+		// Messages from one peer that are not yet received; beyond that, TCP slows it down.
 		router.SetRcvhwm(1000),
 		// The connection of a peer that sends a longer frame is closed before the frame takes
 		// memory.
@@ -170,14 +170,17 @@ func bind(router *socket, endpoint string) (string, error) {
 	if err := setTransport(router, endpoint); err != nil {
 		return "", fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
-	err := error(zmq.Errno(syscall.EADDRINUSE))
-	if !ipcInUse(endpoint) {
+	err := checkIPC(endpoint)
+	if err == nil {
 		err = router.Bind(endpoint)
 	}
 	if zmq.AsErrno(err) == zmq.Errno(syscall.ENODEV) {
 		// ZeroMQ takes addresses and interfaces here, but no names.
 		if address, lookUpErr := lookUp(context.Background(), endpoint); lookUpErr == nil {
-			err = router.Bind(address)
+			err = setTransport(router, address)
+			if err == nil {
+				err = router.Bind(address)
+			}
 		}
 	}
 	if err == nil {
@@ -195,19 +198,25 @@ func bind(router *socket, endpoint string) (string, error) {
 	return "", f
 }
 
-// ipcInUse tells whether somebody listens on an ipc:// endpoint, from whom ZeroMQ would take the
-// path away in silence.
-func ipcInUse(endpoint string) bool {
+// checkIPC returns an error if the path of an ipc:// endpoint is in use: ZeroMQ would remove it in
+// silence, another broker's socket and any other file alike.
+func checkIPC(endpoint string) error {
 	path, ok := strings.CutPrefix(endpoint, "ipc://")
 	if !ok {
-		return false
+		return nil
+	}
+	if info, err := os.Lstat(path); err == nil && info.Mode()&fs.ModeSocket == 0 {
+		return errors.New("the file exists and is not a socket")
 	}
 	conn, err := net.Dial("unix", path)
-	if err != nil {
-		return false
+	switch {
+	case err == nil:
+		conn.Close()
+		return zmq.Errno(syscall.EADDRINUSE)
+	case errors.Is(err, fs.ErrPermission):
+		return fs.ErrPermission
 	}
-	conn.Close()
-	return true
+	return nil
 }
 
 // removeSockets removes the files of ipc:// endpoints, which ZeroMQ leaves behind.
@@ -275,6 +284,6 @@ func warnOfHandshakes(router *socket, broker *Broker) error {
 		if err != nil || event == 0 {
 			return err
 		}
-		broker.warn("handshake", "a connection does not speak ZeroMQ, or gave up")
+		broker.warn("handshake", "a peer connected but did not complete the ZeroMQ handshake")
 	}
 }

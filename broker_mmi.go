@@ -17,9 +17,9 @@ func (b *Broker) manage(name string, client, body [][]byte) []byte {
 			return []byte(mmiBadRequest)
 		}
 		s, ok := b.services[string(body[0])]
-		return found(ok && s.workers > 0)
+		return mmiCode(ok && s.workers > 0)
 	case mmiCancel:
-		return found(b.cancel(client) > 0)
+		return mmiCode(b.cancel(client) > 0)
 	case mmiServices:
 		return b.table()
 	case mmiMetrics:
@@ -28,8 +28,8 @@ func (b *Broker) manage(name string, client, body [][]byte) []byte {
 	return []byte(mmiNotImplemented)
 }
 
-func found(yes bool) []byte {
-	if yes {
+func mmiCode(found bool) []byte {
+	if found {
 		return []byte(mmiFound)
 	}
 	return []byte(mmiNotFound)

@@ -27,14 +27,14 @@ type Broker struct {
 	// work on a request.
 	debug bool
 
-	services map[string]*brokerService
-	workers  map[string]*brokerWorker // by identity
-	waiting  map[string]*list.List    // of *brokerRequest, by the identity of the client
-	run      string                   // begins the tokens of this run of the broker
-	tokens   uint64                   // how many were made
-	held     size                     // of all requests that have not ended
-	open     int                      // their number
-	draining bool
+	services    map[string]*brokerService
+	workers     map[string]*brokerWorker // by identity
+	waiting     map[string]*list.List    // of *brokerRequest, by the identity of the client
+	tokenPrefix string                   // of this run of the broker
+	lastToken   uint64
+	held        size // of all requests that have not ended
+	unfinished  int  // their number
+	draining    bool
 
 	begin, now, nextHeartbeat time.Time
 	total                     tally
@@ -105,7 +105,7 @@ func NewBroker(flags brokerFlags, now time.Time, send func(frames [][]byte) erro
 		services:      map[string]*brokerService{},
 		workers:       map[string]*brokerWorker{},
 		waiting:       map[string]*list.List{},
-		run:           fmt.Sprintf("%08x.", rand.Uint32()),
+		tokenPrefix:   fmt.Sprintf("%08x.", rand.Uint32()),
 		begin:         now,
 		now:           now,
 		nextHeartbeat: now,
@@ -145,15 +145,15 @@ func (b *Broker) receiveClient(client [][]byte, m Message) {
 	}
 	s := b.service(m.Service)
 	r := &brokerRequest{service: s, name: m.Service, client: client, body: m.Body, token: b.nextToken(), arrived: b.now}
-	b.open++
+	b.unfinished++
 	b.held += r.size()
 	b.count(s, requestsTotal, 1)
 	b.count(s, requestBytes, uint64(sizeOf(r.body)))
 	switch {
 	case b.draining:
-		b.refuse(r, "the broker is shutting down")
+		b.refuse(r, shuttingDown)
 	case b.held > b.MaxMemory:
-		b.refuse(r, "the broker holds as many bytes as it may")
+		b.refuse(r, "the broker holds --max-memory bytes of requests already")
 	case b.assign(r):
 	case s.waiting.Len() >= int(b.MaxQueue):
 		b.refuse(r, "the queue is full")
@@ -173,7 +173,7 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 		default:
 			// It registered with an earlier run of this broker, or was taken for lost. DISCONNECT
 			// makes it register anew.
-			b.sendWorker([][]byte{identity}, Message{Kind: KindDisconnect})
+			b.sendTo([][]byte{identity}, Message{Kind: KindDisconnect})
 		}
 		return
 	}
@@ -186,7 +186,7 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 	case KindReply:
 		r := w.request
 		if r == nil || len(m.Client) != 1 || string(m.Client[0]) != string(r.token) {
-			b.disconnect(w, "a reply to a request that it does not have")
+			b.disconnect(w, "a reply to a request that it was not given")
 			break
 		}
 		b.count(w.service, repliesTotal, 1)
@@ -203,7 +203,7 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 		b.log.Info("worker left", "worker", w.identity, "service", w.service.name, "why", "it sent DISCONNECT")
 		// It has not begun its request, or it would have replied first.
 		if r := b.remove(w); r != nil {
-			b.enqueue(r, w.service.waiting.PushFront)
+			b.requeue(r)
 		}
 	default:
 		b.disconnect(w, fmt.Sprintf("an unexpected %v", m.Kind))
@@ -215,7 +215,7 @@ func (b *Broker) register(identity, name []byte) {
 	w := &brokerWorker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
 	if isManagement(string(name)) {
 		b.warn("peer "+w.identity, "worker refused", "worker", w.identity, "service", string(name), "why", "the name is the broker's own")
-		b.sendWorker(w.address, Message{Kind: KindDisconnect})
+		b.sendTo(w.address, Message{Kind: KindDisconnect})
 		return
 	}
 	b.log.Info("worker came", "worker", w.identity, "service", string(name))
@@ -254,6 +254,15 @@ func (b *Broker) enqueue(r *brokerRequest, push func(any) *list.Element) {
 	r.owned = own.PushBack(r)
 }
 
+// requeue puts a request that a worker had ahead of the others.
+func (b *Broker) requeue(r *brokerRequest) {
+	if b.draining {
+		b.refuse(r, shuttingDown)
+		return
+	}
+	b.enqueue(r, r.service.waiting.PushFront)
+}
+
 func (b *Broker) dequeue(r *brokerRequest) {
 	r.service.waiting.Remove(r.queued)
 	identity := string(r.client[0])
@@ -270,7 +279,7 @@ func (b *Broker) assign(r *brokerRequest) bool {
 	s := r.service
 	for s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*brokerWorker)
-		err := b.sendWorker(w.address, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
+		err := b.sendTo(w.address, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.loseWorker(w, err)
 			continue
@@ -334,8 +343,8 @@ func (b *Broker) heartbeat(w *brokerWorker) {
 	}
 	if w.silence > b.Liveness {
 		b.disconnect(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
-	} else if err := b.sendWorker(w.address, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
-		b.loseWorker(w, err) // One that would block is busy, and need not read.
+	} else if err := b.sendTo(w.address, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
+		b.loseWorker(w, err) // One that does not read is not lost yet: its silence decides.
 	}
 	b.dispatch(w.service)
 }
@@ -361,7 +370,7 @@ func (b *Broker) expire(s *brokerService) {
 
 // disconnect sends DISCONNECT to a worker that broke the protocol or fell silent, and gives it up.
 func (b *Broker) disconnect(w *brokerWorker, why string) {
-	b.sendWorker(w.address, Message{Kind: KindDisconnect})
+	b.sendTo(w.address, Message{Kind: KindDisconnect})
 	b.loseWorker(w, errors.New(why))
 }
 
@@ -369,18 +378,18 @@ func (b *Broker) disconnect(w *brokerWorker, why string) {
 // worker gets the request, else the client is told at once.
 func (b *Broker) loseWorker(w *brokerWorker, why error) {
 	r := b.remove(w)
-	held := ""
+	token := ""
 	if r != nil {
-		held = string(r.token)
+		token = string(r.token)
 	}
-	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "request", held, "why", why)
+	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "request", token, "why", why)
 	b.count(w.service, lostWorkersTotal, 1)
 	switch {
 	case r == nil:
 	case r.redelivered < b.Redeliver:
 		r.redelivered++
 		b.count(r.service, redeliveredTotal, 1)
-		b.enqueue(r, r.service.waiting.PushFront)
+		b.requeue(r)
 	default:
 		b.fail(r, exitUnavailable, "the worker was lost while it had the request; the command may have run")
 	}
@@ -398,6 +407,8 @@ func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	}
 	return w.request
 }
+
+const shuttingDown = "the broker is shutting down"
 
 // refuse ends a request that its client may send again later.
 func (b *Broker) refuse(r *brokerRequest, why string) {
@@ -425,17 +436,17 @@ func (b *Broker) finish(r *brokerRequest, body [][]byte) {
 
 // end releases a request that was taken.
 func (b *Broker) end(r *brokerRequest) {
-	b.open--
+	b.unfinished--
 	b.held -= r.size()
 }
 
 func (b *Broker) reply(client [][]byte, service []byte, body [][]byte) error {
-	return b.send(Message{Address: client, Kind: KindClient, Service: service, Body: body}.Frames())
+	return b.sendTo(client, Message{Kind: KindClient, Service: service, Body: body})
 }
 
-// sendWorker sends a message to a worker. An error means that the worker cannot be reached, or that
-// it does not read.
-func (b *Broker) sendWorker(address [][]byte, m Message) error {
+// sendTo sends a message to a peer. An error means that the peer cannot be reached, or that it does
+// not read.
+func (b *Broker) sendTo(address [][]byte, m Message) error {
 	m.Address = address
 	return b.send(m.Frames())
 }
@@ -447,23 +458,23 @@ func (b *Broker) Drain() {
 		for s.waiting.Len() > 0 {
 			r := s.waiting.Front().Value.(*brokerRequest)
 			b.dequeue(r)
-			b.refuse(r, "the broker is shutting down")
+			b.refuse(r, shuttingDown)
 		}
 		b.dispatch(s)
 	}
 }
 
 // Drained tells whether every request has ended.
-func (b *Broker) Drained() bool { return b.open == 0 }
+func (b *Broker) Drained() bool { return b.unfinished == 0 }
 
 // Stop answers every request that is left and sends DISCONNECT to every worker. The broker must not
 // be used afterwards.
 func (b *Broker) Stop() {
 	b.Drain()
 	for _, w := range b.workers {
-		b.sendWorker(w.address, Message{Kind: KindDisconnect})
+		b.sendTo(w.address, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {
-			b.refuse(r, "the broker is shutting down; the command may have run")
+			b.refuse(r, shuttingDown+"; the command may have run")
 		}
 		b.dispatch(w.service)
 	}
@@ -487,6 +498,6 @@ func (b *Broker) warn(what, message string, attrs ...any) {
 // nextToken returns the token of a new request. Tokens are printable, and differ from each other
 // and, with high probability, from those of other runs of the broker.
 func (b *Broker) nextToken() []byte {
-	b.tokens++
-	return strconv.AppendUint([]byte(b.run), b.tokens, 10)
+	b.lastToken++
+	return strconv.AppendUint([]byte(b.tokenPrefix), b.lastToken, 10)
 }

@@ -524,8 +524,8 @@ func FuzzBroker(f *testing.F) {
 		}
 		b.Stop()
 		b.check()
-		if b.open != 0 {
-			t.Errorf("%d requests were not answered", b.open)
+		if b.unfinished != 0 {
+			t.Errorf("%d requests were not answered", b.unfinished)
 		}
 		if ended := uint64(len(b.ended)) + b.total.counts[cancelledTotal]; ended != b.total.counts[requestsTotal] {
 			t.Errorf("%d requests were received, but %d ended", b.total.counts[requestsTotal], ended)
@@ -636,8 +636,8 @@ func (b *brokerWorld) check() {
 			bytes += r.size()
 		}
 	}
-	if b.open != open || b.Broker.held != bytes {
-		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d", b.open, b.Broker.held, open, bytes)
+	if b.unfinished != open || b.Broker.held != bytes {
+		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d", b.unfinished, b.Broker.held, open, bytes)
 	}
 	owned := 0
 	for client, own := range b.Broker.waiting {

@@ -7,19 +7,19 @@ import (
 	"runtime/debug"
 )
 
-// A buffer gathers bytes of which there may be a large part of the memory. Unlike a
-// bytes.Buffer it does not copy them as it grows: they are held once while they come in, and
-// twice for a moment when they are joined.
+// A buffer collects data that may fill a large part of memory. Unlike a bytes.Buffer it does not copy
+// as it grows; Bytes copies once.
 type buffer struct {
 	chunks [][]byte // all but the last are full
 }
 
-// maxChunk is the longest chunk, in bytes, that a buffer allocates by itself. Payloads from
-// this length on are worth an effort to give their memory back.
-const maxChunk = 16 << 20
+const (
+	maxChunk = 16 << 20 // the longest chunk, in bytes, that a buffer allocates by itself
+	minFreed = 16 << 20 // bytes of garbage that are worth a collection
+)
 
-// room returns space for the next bytes, at least one. A new chunk has space for n bytes, or
-// else for twice as many as the one before.
+// room returns space for the next bytes, at least one. A new chunk has space for at least n bytes,
+// and doubles the last one up to maxChunk.
 func (b *buffer) room(n int) []byte {
 	last := len(b.chunks) - 1
 	if last < 0 || len(b.chunks[last]) == cap(b.chunks[last]) {
@@ -77,10 +77,10 @@ func readAll(file *os.File) ([]byte, error) {
 	}
 }
 
-// freeMemory returns memory to the system after so many bytes became garbage, unless they
-// are too few to be worth the collection.
+// freeMemory returns memory to the system after so many bytes have become garbage, unless they are
+// too few to be worth a collection.
 func freeMemory(garbage size) {
-	if garbage >= maxChunk {
+	if garbage >= minFreed {
 		debug.FreeOSMemory()
 	}
 }

@@ -113,8 +113,8 @@ func (t *requestTool) Run() error {
 // check rejects flags and arguments that make no sense together.
 func (t *requestTool) check() error {
 	switch {
-	case t.List && (t.Each || t.Name != ""):
-		return misuse("brequest --list", "--list takes no service name and no --each")
+	case t.List && (t.Each || t.NoWait || t.Name != ""):
+		return misuse("brequest --list", "--list takes no service name, no --each and no --no-wait")
 	case t.Name == "" && !t.List:
 		return misuse("brequest ls-service", "no service name")
 	case t.Retries < 0:
@@ -146,10 +146,10 @@ func (t *requestTool) once(endpoint string) error {
 		c.debugf("%s: status %d; trying again in %v", t.Name, request.status(), pause)
 	}
 	request := &call{service: t.Name, body: body, timeout: t.Timeout, retries: t.Retries}
-	line := newStatusLine(c, 2*time.Second)
+	status := newStatusLine(c, 2*time.Second)
 	begin := time.Now()
 	err = client.do(request, func() time.Time {
-		return line.show(time.Second, func() string {
+		return status.show(time.Second, func() string {
 			what := "waiting for a reply"
 			if !client.connected() {
 				what = "waiting for a broker at " + client.Endpoint()
@@ -157,7 +157,7 @@ func (t *requestTool) once(endpoint string) error {
 			return fmt.Sprintf("brequest: %s: %s, %v", t.Name, what, time.Since(begin).Round(time.Second))
 		})
 	})
-	line.hide()
+	status.hide()
 	restore()
 	switch {
 	case err != nil:
@@ -221,9 +221,9 @@ func (t *requestTool) print(stdout *os.File, frames [][]byte) error {
 	return w.Flush()
 }
 
-// explain names the service in the error of a request. After a timeout it asks the broker whether
-// anybody serves it: only then does it matter, since requests may wait for a service that is still
-// to come.
+// explain adds the name of the service to the error of a request. After a timeout it also asks the
+// broker whether anybody serves the name; not before, because a request may wait for a service that
+// is still to come.
 func (t *requestTool) explain(client *Client, err error) error {
 	if !errors.Is(err, errTimeout) {
 		return fmt.Errorf("%s: %w", t.Name, err)
@@ -237,7 +237,7 @@ func (t *requestTool) explain(client *Client, err error) error {
 	default:
 		why, hint = "the broker does not tell whether anybody serves it", "is the broker still there?"
 		if client.caller.correlated {
-			hint += " if it does not know address stacks, use --jobs 1"
+			hint += " If it does not know address stacks, use --jobs 1"
 		}
 	}
 	return &failure{status: exitTimeout, err: fmt.Errorf("%s: %w; %s", t.Name, err, why), hint: hint}
@@ -373,7 +373,7 @@ func (c *Client) do(request *call, beforeWait func() time.Time) error {
 			c.Abandon()
 			return context.Cause(c.stop)
 		}
-		if _, err := c.Await(beforeWait()); err != nil {
+		if _, err := c.Await(beforeWait()); err != nil && c.stop.Err() == nil {
 			return err
 		}
 	}
@@ -420,7 +420,7 @@ func (c *Client) step(until time.Time) error {
 			return err
 		}
 	}
-	c.caller.flush()
+	blocked := c.caller.flush()
 	deadline := c.caller.deadline()
 	if c.link == nil {
 		if _, _, err := c.waiter.Wait(nil, earlier(deadline, until)); err != nil {
@@ -433,6 +433,7 @@ func (c *Client) step(until time.Time) error {
 	if c.link.broken {
 		until = time.Now()
 	}
+	c.link.blocked = blocked
 	readable, monitored, err := c.waiter.Wait(c.link.socket, earlier(deadline, until))
 	if err != nil {
 		return err
@@ -466,7 +467,7 @@ func (c *Client) step(until time.Time) error {
 func (c *Client) updateLink() error {
 	err := c.link.update()
 	if c.link.connected {
-		c.caller.connected()
+		c.caller.setConnected()
 	}
 	return err
 }

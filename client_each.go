@@ -72,9 +72,10 @@ func (t *requestTool) each(endpoint string) error {
 		jobs = *t.Jobs
 	}
 	client.caller.correlated = jobs > 1
-	// A reader that goes away must not end us before we took back what is for nobody.
+	// If the reader of standard output exits, do not die of SIGPIPE before the requests that have not
+	// begun are taken back.
 	signal.Ignore(syscall.SIGPIPE)
-	// Each request leaves some garbage; more of them must not take more memory.
+	// Collect garbage more often: memory must not grow with the number of lines.
 	debug.SetGCPercent(25)
 
 	stdin, total := readLines(client.stop, os.Stdin, t.separator()[0], client.waiter.Wake)
@@ -144,13 +145,13 @@ func (b *batch) run() error {
 			b.end(c)
 		}
 		if b.client.stop.Err() != nil {
+			err = context.Cause(b.client.stop)
+		}
+		if err != nil {
 			b.abandon()
 			b.flush()
 			b.status.hide()
-			b.infof("%s: %s, %d given up", b.Name, b.tally(), b.read-b.skipped-b.done)
-			return context.Cause(b.client.stop)
-		}
-		if err != nil {
+			b.infof("%s: %s, %d given up", b.Name, b.summary(), b.read-b.skipped-b.done)
 			return err
 		}
 	}
@@ -162,7 +163,7 @@ func (b *batch) run() error {
 	case b.readError != nil:
 		return &failure{status: exitIO, err: b.readError}
 	case b.failed > 0:
-		f := &failure{status: exitSome, err: fmt.Errorf("%s: %s", b.Name, b.tally())}
+		f := &failure{status: exitSome, err: fmt.Errorf("%s: %s", b.Name, b.summary())}
 		if b.lastError != nil {
 			f.hint = failureOf(b.explain(b.client, b.lastError)).hint
 		}
@@ -207,7 +208,7 @@ func (b *batch) end(c *call) {
 		b.finish(it, c)
 	}
 	for len(b.unprinted) > 0 && b.unprinted[0].ended {
-		b.print(b.unprinted[0])
+		b.printItem(b.unprinted[0])
 		b.unprinted = b.unprinted[1:]
 	}
 }
@@ -220,11 +221,13 @@ func (b *batch) finish(it *item, c *call) {
 	b.debugf("%s: status %d after %v", it.subject(), c.status(), time.Since(it.begin).Round(time.Millisecond))
 	b.complain(it, c)
 	if b.Unordered {
-		b.print(it)
+		b.printItem(it)
 	}
 	if c.status() != 0 {
 		b.failed++
-		b.lastError = c.err
+		if c.err != nil {
+			b.lastError = c.err
+		}
 		if b.FailFast && !b.stopping {
 			b.stop()
 		}
@@ -245,16 +248,16 @@ func (b *batch) abandon() {
 		b.end(c)
 	}
 	for _, it := range b.unprinted {
-		b.print(it)
+		b.printItem(it)
 	}
 }
 
-// print prints a reply with a separator at its end, or several frames as a single request does.
-func (b *batch) print(it *item) {
+// printItem prints a reply with a separator at its end, or several frames as a single request does.
+func (b *batch) printItem(it *item) {
 	for _, frame := range it.output {
 		b.stdout.Write(frame)
-		ended := bytes.HasSuffix(frame, []byte("\n")) || len(frame) == 0
-		if b.Null || !ended || len(it.output) > 1 {
+		complete := bytes.HasSuffix(frame, []byte("\n")) || len(frame) == 0
+		if b.Null || !complete || len(it.output) > 1 {
 			b.stdout.Write(b.separator())
 		}
 	}
@@ -307,7 +310,7 @@ func (it *item) subject() string {
 func (b *batch) progress() string {
 	elapsed := time.Since(b.begin)
 	rate := float64(b.done) / elapsed.Seconds()
-	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.tally(), len(b.begun)-len(b.client.caller.pausing), rate)
+	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.summary(), len(b.begun)-len(b.client.caller.pausing), rate)
 	if left := int(b.total.Load()) - b.skipped - b.done; left > 0 && rate > 0 {
 		seconds := time.Duration(float64(left) / rate * float64(time.Second))
 		text += fmt.Sprintf(", %v left", seconds.Round(time.Second))
@@ -315,7 +318,7 @@ func (b *batch) progress() string {
 	return text
 }
 
-func (b *batch) tally() string {
+func (b *batch) summary() string {
 	text := strconv.Itoa(b.done)
 	if total := int(b.total.Load()); total > 0 {
 		text += fmt.Sprintf(" of %d", total-b.skipped)
@@ -354,7 +357,9 @@ func readLines(stop context.Context, file io.Reader, terminator byte, wake func(
 			}
 			select {
 			case lines <- line:
-				count++
+				if line.err == nil {
+					count++
+				}
 				wake()
 			case <-stop.Done():
 				return

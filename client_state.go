@@ -7,7 +7,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
-	"strconv"
 	"time"
 )
 
@@ -23,8 +22,9 @@ type call struct {
 	err   error // why there is no reply: wraps errCancelled or one of the failures below
 
 	number      int    // in the order of begin
-	correlation string // the frame by which its reply is known, or empty
+	correlation string // the frame by which the reply to this try is known, or empty
 	tries       int
+	cancelling  bool      // the broker was asked to drop it
 	due         time.Time // the end of its timeout or of its pause; zero for never
 }
 
@@ -89,7 +89,7 @@ type caller struct {
 	begun   int
 }
 
-// A connection is one to a broker, which need not be there yet.
+// A connection to a broker, which may not be up yet.
 type connection struct {
 	send      func(frames [][]byte) error
 	connected bool             // the broker is there
@@ -107,14 +107,15 @@ const cancelPatience = 500 * time.Millisecond
 func (r *caller) begin(c *call, now time.Time) {
 	r.begun++
 	c.number = r.begun
-	if r.correlated {
-		c.correlation = strconv.Itoa(c.number)
-	}
 	r.try(c, now)
 }
 
 func (r *caller) try(c *call, now time.Time) {
 	c.tries++
+	if r.correlated {
+		// What still comes for an earlier try must not end this one.
+		c.correlation = fmt.Sprintf("%d.%d", c.number, c.tries)
+	}
 	c.due = time.Time{}
 	if c.timeout > 0 {
 		c.due = now.Add(c.timeout)
@@ -131,32 +132,34 @@ func (r *caller) open(send func(frames [][]byte) error) {
 	r.conn = &connection{send: send, inFlight: map[string]*call{}}
 }
 
-// flush sends the calls that wait, as long as the connection takes them.
-func (r *caller) flush() {
+// flush sends the calls that wait, as long as the connection takes them. It tells whether to call
+// it again when the connection takes messages again.
+func (r *caller) flush() (blocked bool) {
 	for len(r.waiting) > 0 && r.takesCalls() {
 		c := r.waiting[0]
 		err := r.send(c.service, c.body, c.correlation)
 		if err == errWouldBlock {
-			return
+			return true
 		}
 		r.waiting = r.waiting[1:]
 		r.conn.inFlight[c.correlation] = c
 		if err != nil {
-			return // The connection broke within the message, which lost is about to tell.
+			return false // The connection broke within the message. lost is about to be called.
 		}
 		if r.conn.connected {
 			c.release()
 		}
 	}
+	return false
 }
 
 func (r *caller) takesCalls() bool {
 	return r.conn != nil && r.conn.closing.IsZero() && (r.correlated || len(r.conn.inFlight) == 0)
 }
 
-// connected takes the news that the broker is there. From now on a call either is answered over
-// this connection or fails with it.
-func (r *caller) connected() {
+// setConnected is called when the broker is there. From now on a call is either answered over this
+// connection or fails with it.
+func (r *caller) setConnected() {
 	if r.conn == nil || r.conn.connected {
 		return
 	}
@@ -194,7 +197,7 @@ func (r *caller) sendCancel(correlation string) {
 
 // receive takes a message of the broker.
 func (r *caller) receive(frames [][]byte, now time.Time) {
-	r.connected() // Of peers that speak ZMTP 2 there is no other news.
+	r.setConnected() // The monitor does not report peers that speak ZMTP 2.
 	m, err := Parse(frames)
 	correlation := ""
 	switch {
@@ -216,20 +219,20 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 	switch {
 	case string(m.Service) == mmiCancel && (c == nil || c.service != mmiCancel):
 		r.conn.cancels--
-		if c != nil && len(m.Body) == 1 && string(m.Body[0]) == mmiFound {
+		if c != nil && c.cancelling && len(m.Body) == 1 && string(m.Body[0]) == mmiFound {
 			r.end(c, Reply{}, errCancelled, now)
 		}
 		r.closeIfDone(now)
 	case c == nil:
 		// It comes too late.
 	case string(m.Service) != c.service:
-		r.end(c, Reply{}, fmt.Errorf("%w from %s: one of service %q", errProtocol, r.endpoint, m.Service), now)
+		r.end(c, Reply{}, fmt.Errorf("%w from %s: it is from service %q", errProtocol, r.endpoint, m.Service), now)
 	default:
 		r.end(c, ParseReply(m.Body), nil, now)
 	}
 }
 
-// lost takes the news that the connection broke, after the messages that came before.
+// lost is called when the connection broke, after its last messages.
 func (r *caller) lost(now time.Time) {
 	if r.conn == nil {
 		return
@@ -245,15 +248,15 @@ func (r *caller) fail(err error, now time.Time) {
 	if r.conn == nil || len(r.conn.inFlight) == 0 {
 		return
 	}
-	calls := r.inFlight()
+	calls := r.inFlightInOrder()
 	r.conn = nil
 	for _, c := range calls {
 		r.end(c, Reply{}, err, now)
 	}
 }
 
-// inFlight returns the calls in flight in the order of begin.
-func (r *caller) inFlight() []*call {
+// inFlightInOrder returns the calls in flight in the order of begin.
+func (r *caller) inFlightInOrder() []*call {
 	return slices.SortedFunc(maps.Values(r.conn.inFlight), func(a, b *call) int { return cmp.Compare(a.number, b.number) })
 }
 
@@ -308,6 +311,7 @@ func (r *caller) cancel(c *call, now time.Time) {
 		}
 	}
 	if r.conn != nil && r.conn.inFlight[c.correlation] == c {
+		c.cancelling = true
 		r.sendCancel(c.correlation)
 	}
 }
@@ -380,9 +384,9 @@ func (r *caller) expire(now time.Time) {
 
 	var overdue, again []*call
 	if r.conn != nil {
-		if _, overdue = split(r.inFlight()); len(overdue) > 0 && !r.conn.connected {
+		if _, overdue = split(r.inFlightInOrder()); len(overdue) > 0 && !r.conn.connected {
 			// They are in the socket, from where they would go to a broker that comes later.
-			r.waiting = slices.Concat(r.inFlight(), r.waiting)
+			r.waiting = slices.Concat(r.inFlightInOrder(), r.waiting)
 			r.conn, overdue = nil, nil
 		}
 	}

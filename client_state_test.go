@@ -57,7 +57,7 @@ func (f *fakeConnection) call(service string, timeout time.Duration, retries int
 
 // up lets the broker appear.
 func (f *fakeConnection) up() {
-	f.connected()
+	f.setConnected()
 	f.settle()
 }
 
@@ -111,12 +111,12 @@ func TestRepliesReachTheirOwnCallsInAnyOrder(t *testing.T) {
 	for _, service := range []string{"a", "b", "c"} {
 		f.call(service, 0, 0)
 	}
-	f.expect(numbered("1", "a"), numbered("2", "b"), numbered("3", "c"))
-	f.from("3", "", "MDPC01", "c", "third")
-	f.from("1", "", "MDPC01", "a", "", "sorry", "exit status 3")
-	f.from("2", "", "MDPC01", "b")
-	f.from("2", "", "MDPC01", "b", "again")
-	f.from("4", "", "MDPC01", "d", "unasked")
+	f.expect(numbered("1.1", "a"), numbered("2.1", "b"), numbered("3.1", "c"))
+	f.from("3.1", "", "MDPC01", "c", "third")
+	f.from("1.1", "", "MDPC01", "a", "", "sorry", "exit status 3")
+	f.from("2.1", "", "MDPC01", "b")
+	f.from("2.1", "", "MDPC01", "b", "again")
+	f.from("4.1", "", "MDPC01", "d", "unasked")
 	f.expectEnded(`c: ["third"] 0`, `a: [""] 3`, `b: [] 0`)
 }
 
@@ -177,10 +177,10 @@ func TestOneOfManyThatTimesOutLeavesTheOthersAlone(t *testing.T) {
 	f.up()
 	f.sent = nil
 	f.pass(time.Second)
-	f.expect(numberedCancel("1"))
-	f.from("1", "", "MDPC01", "slow", "late")
-	f.from("1", "", "MDPC01", "mmi.cancel", "404")
-	f.from("2", "", "MDPC01", "patient", "reply")
+	f.expect(numberedCancel("1.1"))
+	f.from("1.1", "", "MDPC01", "slow", "late")
+	f.from("1.1", "", "MDPC01", "mmi.cancel", "404")
+	f.from("2.1", "", "MDPC01", "patient", "reply")
 	f.expectEnded("slow: no reply from tcp://broker within 1s", `patient: ["reply"] 0`)
 	if f.opened != 1 {
 		t.Errorf("%d connections were opened, want 1", f.opened)
@@ -209,7 +209,7 @@ func TestWithoutABrokerWhatTimedOutIsNotSentLater(t *testing.T) {
 		}
 		want := plain("patient")
 		if correlated {
-			want = numbered("2", "patient")
+			want = numbered("2.1", "patient")
 		}
 		f.up()
 		f.expect(want)
@@ -224,7 +224,7 @@ func TestConnectionThatBreaksEndsTheCallsInFlight(t *testing.T) {
 	f.breaks()
 	f.expectEnded("a: lost the broker at tcp://broker before its reply", "b: lost the broker at tcp://broker before its reply")
 	f.call("c", 0, 0)
-	f.expect(numbered("3", "c"))
+	f.expect(numbered("3.1", "c"))
 	if f.opened != 2 {
 		t.Errorf("the next call went over connection %d, want 2", f.opened)
 	}
@@ -234,7 +234,7 @@ func TestConnectionThatBreaksWithoutCallsInFlightStays(t *testing.T) {
 	f := newFakeConnection(t, true)
 	f.call("a", 0, 0)
 	f.up()
-	f.from("1", "", "MDPC01", "a", "reply")
+	f.from("1.1", "", "MDPC01", "a", "reply")
 	f.breaks()
 	f.call("b", time.Second, 0)
 	f.pass(time.Second)
@@ -258,7 +258,7 @@ func TestCallWaitsForAConnectionThatTakesIt(t *testing.T) {
 	f.expect()
 	f.err = nil
 	f.settle()
-	f.expect(numbered("1", "a"), numbered("2", "b"))
+	f.expect(numbered("1.1", "a"), numbered("2.1", "b"))
 }
 
 func TestTemporaryFailuresAreTriedAgainOverANewConnection(t *testing.T) {
@@ -296,6 +296,21 @@ func TestTemporaryFailuresAreTriedAgainOverANewConnection(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestWhatComesForAnEarlierTryDoesNotEndTheNext(t *testing.T) {
+	f := newFakeConnection(t, true)
+	f.call("a", time.Second, 1)
+	f.up()
+	f.pass(time.Second)
+	f.expect(numbered("1.1", "a"), numberedCancel("1.1"))
+	f.pass(100 * time.Millisecond)
+	f.expect(numbered("1.2", "a"))
+	f.from("1.1", "", "MDPC01", "a", "late")
+	f.from("1.1", "", "MDPC01", "mmi.cancel", "200")
+	f.expectEnded()
+	f.from("1.2", "", "MDPC01", "a", "reply")
+	f.expectEnded(`a: ["reply"] 0`)
 }
 
 func TestOnlyTemporaryFailuresAreTriedAgain(t *testing.T) {
@@ -362,10 +377,10 @@ func TestCancelledCallEndsUnlessItHasBegun(t *testing.T) {
 		f.cancel(c, f.clock)
 	}
 	f.settle()
-	f.expect(numberedCancel("1"), numberedCancel("2"))
-	f.from("1", "", "MDPC01", "mmi.cancel", "200")
-	f.from("2", "", "MDPC01", "mmi.cancel", "404")
-	f.from("2", "", "MDPC01", "running", "done")
+	f.expect(numberedCancel("1.1"), numberedCancel("2.1"))
+	f.from("1.1", "", "MDPC01", "mmi.cancel", "200")
+	f.from("2.1", "", "MDPC01", "mmi.cancel", "404")
+	f.from("2.1", "", "MDPC01", "running", "done")
 	f.expectEnded("unsent: cancelled", "queued: cancelled", `running: ["done"] 0`)
 	f.cancel(running, f.clock) // It has ended.
 	f.settle()
@@ -375,10 +390,10 @@ func TestCancelledCallEndsUnlessItHasBegun(t *testing.T) {
 func TestCancelledCallIsNotTriedAgain(t *testing.T) {
 	f := newFakeConnection(t, true)
 	pausing, running := f.call("pausing", 0, 9), f.call("running", 0, 9)
-	f.from("1", "", "MDPC01", "pausing", "", "", "exit status 75")
+	f.from("1.1", "", "MDPC01", "pausing", "", "", "exit status 75")
 	f.cancel(pausing, f.clock)
 	f.cancel(running, f.clock)
-	f.from("2", "", "MDPC01", "running", "", "", "exit status 75")
+	f.from("2.1", "", "MDPC01", "running", "", "", "exit status 75")
 	f.expectEnded("pausing: cancelled", `running: [""] 75`)
 }
 
@@ -391,7 +406,7 @@ func TestAbandonedCallsAreTakenBackAtOnce(t *testing.T) {
 	f.abandon(f.clock)
 	f.settle()
 	f.expect(plainCancel)
-	f.from("1", "", "MDPC01", "a", "just in time")
+	f.from("1.1", "", "MDPC01", "a", "just in time")
 	if f.conn == nil {
 		t.Error("the connection was dropped before the broker confirmed")
 	}
@@ -424,16 +439,16 @@ func TestBadRepliesEndTheCallsInFlight(t *testing.T) {
 		{"nothing of MDP", true, []string{"hello"}, []string{
 			"a: bad reply from tcp://broker: no MDPC01 or MDPW01 frame after an empty frame",
 			"b: bad reply from tcp://broker: no MDPC01 or MDPW01 frame after an empty frame"}},
-		{"a worker's message", true, []string{"1", "", "MDPW01", "\x02", "A", ""}, []string{
+		{"a worker's message", true, []string{"1.1", "", "MDPW01", "\x02", "A", ""}, []string{
 			"a: bad reply from tcp://broker: an unexpected REQUEST",
 			"b: bad reply from tcp://broker: an unexpected REQUEST"}},
 		{"no correlation", true, []string{"", "MDPC01", "a"}, []string{
 			"a: bad reply from tcp://broker: it does not tell which request it is for; use --jobs 1 with this broker",
 			"b: bad reply from tcp://broker: it does not tell which request it is for; use --jobs 1 with this broker"}},
-		{"another service", true, []string{"2", "", "MDPC01", "a"}, []string{
-			`b: bad reply from tcp://broker: one of service "a"`}},
+		{"another service", true, []string{"2.1", "", "MDPC01", "a"}, []string{
+			`b: bad reply from tcp://broker: it is from service "a"`}},
 		{"another service", false, []string{"", "MDPC01", "b"}, []string{
-			`a: bad reply from tcp://broker: one of service "b"`}},
+			`a: bad reply from tcp://broker: it is from service "b"`}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			f := newFakeConnection(t, test.correlated)
@@ -457,7 +472,7 @@ func FuzzCaller(f *testing.F) {
 		if len(steps) == 0 {
 			return
 		}
-		w := &clientWorld{fakeConnection: newFakeConnection(t, steps[0]%2 == 1), calls: map[string]*call{}, ends: map[*call]int{}}
+		w := &clientWorld{fakeConnection: newFakeConnection(t, steps[0]%2 == 1), calls: map[string]*call{}, ends: map[*call]int{}, cancelled: map[*call]bool{}}
 		for steps = steps[1:]; len(steps) >= 2; steps = steps[2:] {
 			w.step(steps[0], steps[1])
 			w.check()
@@ -478,6 +493,7 @@ type clientWorld struct {
 	*fakeConnection
 	calls     map[string]*call // by their body
 	ends      map[*call]int
+	cancelled map[*call]bool
 	there     bool       // the broker
 	unsent    [][]string // waits in the socket for a broker
 	requests  [][]string // the broker has these, and has not answered them
@@ -523,7 +539,7 @@ func (w *clientWorld) step(what, which byte) {
 	case 2:
 		if w.conn != nil {
 			w.there = true
-			w.connected()
+			w.setConnected()
 			w.deliver()
 		}
 	case 3:
@@ -548,13 +564,14 @@ func (w *clientWorld) step(what, which byte) {
 		w.clock = w.clock.Add(time.Duration(which) * 50 * time.Millisecond)
 	case 7:
 		if c := w.calls[fmt.Sprint("body ", which)]; c != nil {
+			w.cancelled[c] = true
 			w.cancel(c, w.clock)
 		}
 	case 8:
 		w.err = []error{nil, errWouldBlock, errors.New("broken pipe"), nil}[which%4]
 	case 9:
 		bad := [][]string{{}, {""}, {"99", "", "MDPC01", "s0", "whose?"}, {"", "MDPC01", "nobody"},
-			{"", "MDPW01", "\x04"}, {"", "MDPC01", "mmi.cancel", "200"}, {"1", "", "MDPC01", "mmi.cancel", "200"}}
+			{"", "MDPW01", "\x04"}, {"", "MDPC01", "mmi.cancel", "200"}, {"1.1", "", "MDPC01", "mmi.cancel", "200"}}
 		if message := bad[int(which)%len(bad)]; w.there && (w.correlated || !slices.Contains(message, "99")) {
 			w.receive(frames(message...), w.clock)
 		}
@@ -591,6 +608,9 @@ func (w *clientWorld) check() {
 			w.t.Fatalf("%+v ended twice", c)
 		}
 		if c.err != nil {
+			if errors.Is(c.err, errCancelled) && !w.cancelled[c] {
+				w.t.Fatalf("%+v ended as cancelled", c)
+			}
 			if !errors.Is(c.err, errCancelled) && failureOf(c.err).status < exitUsage {
 				w.t.Fatalf("a call ended with %v, which has no status", c.err)
 			}

@@ -25,8 +25,8 @@ const (
 	exitSignal      = 128 // plus the number of the signal
 )
 
-// A failure is an error with an exit status. Errors that wrap it have the same status and
-// hint, and their message is complete without the hint.
+// A failure is an error with an exit status and, perhaps, a hint. Errors that wrap it have the same
+// status and hint. Messages are complete without the hint.
 type failure struct {
 	status int
 	err    error          // nil when nothing is left to say
@@ -52,7 +52,7 @@ func failureOf(err error) *failure {
 	return f
 }
 
-// misuse returns the failure of wrong usage, with a hint at the right one.
+// misuse returns the failure of wrong usage, with a hint at correct usage.
 func misuse(hint, format string, args ...any) error {
 	return &failure{status: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
 }
@@ -64,13 +64,13 @@ func signalled(s os.Signal) *failure {
 }
 
 // outputFailure returns the failure of writing to standard output, or nil. When the reader has
-// gone away, the tool ends quietly, by SIGPIPE, as other tools do.
+// gone away, the tool ends quietly with the status of SIGPIPE, as other tools do.
 func outputFailure(err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, syscall.EPIPE):
-		return signalled(syscall.SIGPIPE)
+		return &failure{status: exitSignal + int(syscall.SIGPIPE)}
 	}
 	return &failure{status: exitIO, err: err}
 }
@@ -83,12 +83,12 @@ func printOutput(text string) error {
 
 // A console prints messages for a person to standard error, as "tool: message".
 type console struct {
-	tool           string
+	name           string // of the tool
 	quiet, verbose bool
 }
 
 func (c console) errorf(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "%s: %s\n", c.tool, fmt.Sprintf(format, args...))
+	fmt.Fprintf(os.Stderr, "%s: %s\n", c.name, fmt.Sprintf(format, args...))
 }
 
 // infof prints what -q silences.

@@ -465,7 +465,7 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 			t.Errorf("%q is not in the log", m.why)
 		}
 	}
-	if count := strings.Count(log.String(), "does not speak ZeroMQ"); count != 1 {
+	if count := strings.Count(log.String(), "did not complete the ZeroMQ handshake"); count != 1 {
 		t.Errorf("connections without a handshake were logged %d times", count)
 	}
 	if t.Failed() {

@@ -32,8 +32,8 @@ const (
 	defaultPort = "5555"
 )
 
-func (f *commonFlags) console(tool string) console {
-	return console{tool, f.Quiet, f.Verbose}
+func (f *commonFlags) console(name string) console {
+	return console{name, f.Quiet, f.Verbose}
 }
 
 const endpointForm = "tcp://HOST:PORT or ipc:///PATH"
@@ -50,22 +50,27 @@ func (f *commonFlags) endpoints() ([]string, error) {
 			return nil, misuse("--broker tcp://localhost:5555", "%s must be %s, not %q", source, endpointForm, endpoint)
 		}
 	}
-	if endpoints != nil {
-		return endpoints, nil
+	if endpoints == nil {
+		endpoint, err := f.hostAndPort()
+		return []string{endpoint}, err
 	}
+	return endpoints, nil
+}
 
+// hostAndPort returns the endpoint for a host and a port.
+func (f *commonFlags) hostAndPort() (string, error) {
 	host := cmp.Or(f.Host, os.Getenv("BACKBONE_HOST"), defaultHost)
 	source, port := "--port", f.Port
 	if port == "" {
 		source, port = "BACKBONE_PORT", cmp.Or(os.Getenv("BACKBONE_PORT"), defaultPort)
 	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return nil, misuse("--port 5555", "%s must be a number from 0 to 65535, not %q", source, port)
+		return "", misuse("--port 5555", "%s must be a number from 0 to 65535, not %q", source, port)
 	}
 	if strings.Contains(host, ":") {
 		host = "[" + strings.Trim(host, "[]") + "]"
 	}
-	return []string{"tcp://" + host + ":" + port}, nil
+	return "tcp://" + host + ":" + port, nil
 }
 
 // endpoint returns the endpoint of the one broker of a service or a request.
@@ -80,9 +85,8 @@ func (f *commonFlags) endpoint() (string, error) {
 	return endpoints[0], nil
 }
 
-// heartbeatFlags are those of the broker and of services, which watch each other: each sends a
-// heartbeat every Heartbeat, and takes the other for dead after Liveness heartbeats of its own
-// without a message.
+// heartbeatFlags are those of the broker and of services. Each sends a heartbeat every Heartbeat, and
+// gives the other up after it has heard nothing for Liveness such intervals.
 type heartbeatFlags struct {
 	Heartbeat time.Duration `default:"1s"`
 	Liveness  int           `default:"5"`
@@ -196,7 +200,7 @@ func (o operands) with(values ...string) []string {
 }
 
 // newParser returns a parser that fills in the flags of a tool.
-func newParser(t tool) *kong.Kong {
+func newParser(t command) *kong.Kong {
 	return kong.Must(t, kong.NoDefaultHelp(),
 		kong.KindMapper(reflect.String, kong.MapperFunc(decodeString)),
 		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(decodeDuration)))
@@ -204,15 +208,15 @@ func newParser(t tool) *kong.Kong {
 
 // usageFailure returns the failure of arguments that kong could not parse, in our words and
 // with a guess at what was meant.
-func usageFailure(tool string, err error) error {
-	text, hint := err.Error(), tool+" --help"
+func usageFailure(name string, err error) error {
+	text, hint := err.Error(), name+" --help"
 	if flag, ok := strings.CutPrefix(text, "unknown flag "); ok {
 		flag, _, _ = strings.Cut(flag, ",")
 		if !strings.HasPrefix(flag, "--") {
 			text = "unknown flag " + flag // without kong's guess, which a single letter makes useless
 		}
-		if tool != "bbroker" {
-			hint = fmt.Sprintf("put -- before arguments that are not for %s: %s NAME -- %s", tool, tool, flag)
+		if name != "bbroker" {
+			hint = fmt.Sprintf("put -- before arguments that are not for %s: %s NAME -- %s", name, name, flag)
 		}
 	}
 	if flag, _, ok := strings.Cut(text, ": expected "); ok && strings.HasSuffix(text, "(<EOL>)") {

@@ -14,18 +14,17 @@ import (
 	zmq "github.com/pebbe/zmq4"
 )
 
-// A link is a connection to a broker. When it breaks, ZeroMQ makes it again; the link tells of
-// that. It belongs to one goroutine.
+// A link is a connection to a broker. ZeroMQ reconnects by itself; connected and broken record what
+// happened. It belongs to one goroutine.
 type link struct {
 	*socket
 	connected bool // the broker is there
 	broken    bool // it was, and the connection broke
 }
 
-// dial makes a link for a tool. Looking up the name of the host takes no longer than until stop
-// is done.
-func dial(stop context.Context, tool, endpoint string, options ...func(*socket) error) (*link, error) {
-	endpoint, err := lookUp(stop, endpoint)
+// dial connects a tool to a broker. When ctx is done, it stops looking up the name of the host.
+func dial(ctx context.Context, name, endpoint string, options ...func(*socket) error) (*link, error) {
+	endpoint, err := lookUp(ctx, endpoint)
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +33,7 @@ func dial(stop context.Context, tool, endpoint string, options ...func(*socket) 
 		return nil, err
 	}
 	err = errors.Join(
-		s.SetIdentity(newIdentity(tool)),
+		s.SetIdentity(newIdentity(name)),
 		// What a socket still holds when it is closed is for nobody.
 		s.SetLinger(0),
 		// A broker that comes back is found within a second, without hammering it.
@@ -61,9 +60,9 @@ func dial(stop context.Context, tool, endpoint string, options ...func(*socket) 
 
 // newIdentity returns an identity that is never used again. It is printable and tells who has
 // it.
-func newIdentity(tool string) string {
+func newIdentity(name string) string {
 	host, _ := os.Hostname()
-	return fmt.Sprintf("%s.%.200s.%d.%08x", tool, host, os.Getpid(), rand.Uint32())
+	return fmt.Sprintf("%s.%.200s.%d.%08x", name, host, os.Getpid(), rand.Uint32())
 }
 
 // setTransport sets what both ends of a connection need.
@@ -79,13 +78,21 @@ func setTransport(s *socket, endpoint string) error {
 	)
 }
 
-// send sends a message as socket.send does, and notes that the connection broke.
+// send sends a message as socket.send does, and notes when the connection broke.
 func (l *link) send(frames [][]byte) error {
 	err := l.socket.send(frames)
 	if err != nil && err != errWouldBlock {
 		l.broken = true
 	}
 	return err
+}
+
+// receive returns the next message as socket.receive does. A message shows that the broker is
+// there, which the monitor does not report of peers that speak ZMTP 2.
+func (l *link) receive() ([][]byte, error) {
+	frames, err := l.socket.receive()
+	l.connected = l.connected || frames != nil
+	return frames, err
 }
 
 // update reads what happened to the connection. Messages that came before it broke can still be
@@ -115,7 +122,7 @@ func lookUp(ctx context.Context, endpoint string) (string, error) {
 	}
 	addresses, err := net.DefaultResolver.LookupIPAddr(ctx, host)
 	if dns := (*net.DNSError)(nil); errors.As(err, &dns) {
-		return "", &failure{status: exitUnavailable, err: fmt.Errorf("look up %s: %w", host, lookUpError(dns.Err)), hint: "is that the name of the broker's host?"}
+		return "", &failure{status: exitUnavailable, err: fmt.Errorf("%w %s: %s", errLookUp, host, dns.Err), hint: "is that the name of the broker's host?"}
 	}
 	if err != nil {
 		return "", err
@@ -125,7 +132,5 @@ func lookUp(ctx context.Context, endpoint string) (string, error) {
 	return "tcp://" + net.JoinHostPort(address.String(), port), nil
 }
 
-// A lookUpError is why a name has no address, at least for now.
-type lookUpError string
-
-func (e lookUpError) Error() string { return string(e) }
+// errLookUp means that a name has no address, at least for now.
+var errLookUp = errors.New("look up")

@@ -43,20 +43,20 @@ Called through a link with the name of an applet, backbone is that applet:
 type applet struct {
 	name  string
 	usage string
-	new   func() tool // a function, so that the applets that do not run cost nothing
+	new   func() command // a function, so that the applets that do not run cost nothing
 }
 
-// A tool is the flags of an applet, for kong to fill in, and the work to do with them.
-type tool interface {
+// A command is the flags of an applet, for kong to fill in, and the work to do with them.
+type command interface {
 	Run() error
-	console(tool string) console
+	console(name string) console
 }
 
 func applets() []applet {
 	return []applet{
-		{"bbroker", brokerUsage, func() tool { return new(brokerTool) }},
-		{"bservice", serviceUsage, func() tool { return new(serviceTool) }},
-		{"brequest", requestUsage, func() tool { return new(requestTool) }},
+		{"bbroker", brokerUsage, func() command { return new(brokerTool) }},
+		{"bservice", serviceUsage, func() command { return new(serviceTool) }},
+		{"brequest", requestUsage, func() command { return new(requestTool) }},
 	}
 }
 
@@ -75,7 +75,7 @@ func run(argv []string) *failure {
 			}
 		}
 	}
-	return console{tool: "backbone"}.report(backbone(argv[1:]))
+	return console{name: "backbone"}.report(backbone(argv[1:]))
 }
 
 // run parses the arguments of the applet and does its work.
@@ -134,8 +134,8 @@ func backbone(args []string) error {
 	return misuse("backbone --list prints the applets", "unknown applet %q", args[0])
 }
 
-// install links every applet into a directory. Links of ours stay as they are. Anything
-// else with such a name is an error before the first link is made.
+// install creates a link for each applet in a directory. It keeps links to this binary, and creates
+// none if a name is taken by something else.
 func install(dir string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -147,18 +147,21 @@ func install(dir string) error {
 	}
 	var missing []string
 	for _, a := range applets() {
-		link := filepath.Join(dir, a.name)
-		_, err := os.Lstat(link)
+		path := filepath.Join(dir, a.name)
+		_, err := os.Lstat(path)
 		if errors.Is(err, fs.ErrNotExist) {
-			missing = append(missing, link)
+			missing = append(missing, path)
 			continue
 		}
-		if target, err := os.Stat(link); err != nil || !os.SameFile(ours, target) {
-			return fmt.Errorf("%s exists and is not a link to this binary; move it away first", link)
+		if err != nil {
+			return err
+		}
+		if target, err := os.Stat(path); err != nil || !os.SameFile(ours, target) {
+			return fmt.Errorf("%s exists and is not a link to this binary; move it away first", path)
 		}
 	}
-	for _, link := range missing {
-		if err := os.Symlink(self, link); err != nil {
+	for _, path := range missing {
+		if err := os.Symlink(self, path); err != nil {
 			return err
 		}
 	}

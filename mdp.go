@@ -109,8 +109,8 @@ func Parse(frames [][]byte) (Message, error) {
 			m.Body = rest[1:]
 		}
 	case KindRequest, KindReply:
-		var found bool
-		if m.Client, m.Body, found = cutAtEmpty(rest); !found {
+		var ok bool
+		if m.Client, m.Body, ok = cutAtEmpty(rest); !ok {
 			return m, fmt.Errorf("%v: %w", m.Kind, errNoClient)
 		}
 	case KindHeartbeat, KindDisconnect:
@@ -148,7 +148,7 @@ func (m Message) Frames() [][]byte {
 }
 
 // cutAtEmpty splits frames around the first empty one, as bytes.Cut does.
-func cutAtEmpty(frames [][]byte) (before, after [][]byte, found bool) {
+func cutAtEmpty(frames [][]byte) (before, after [][]byte, ok bool) {
 	i := slices.IndexFunc(frames, func(f []byte) bool { return len(f) == 0 })
 	if i < 0 {
 		return frames, nil, false
@@ -160,8 +160,7 @@ func isProtocol(frame []byte) bool {
 	return string(frame) == clientProtocol || string(frame) == workerProtocol
 }
 
-// The services of the broker itself (RFC 8, MMI). It answers every name with this prefix, and lets
-// no worker register one.
+// The services of the broker itself (RFC 8, MMI). Names with this prefix are reserved.
 const (
 	mmiPrefix   = "mmi."
 	mmiService  = "mmi.service"  // body: a service name; reply: found or not found
@@ -178,7 +177,7 @@ const (
 // isManagement tells whether a name is one of the broker's own services.
 func isManagement(name string) bool { return strings.HasPrefix(name, mmiPrefix) }
 
-// A Reply is what came of a request, in the terms of a command.
+// A Reply is the outcome of a request, as that of a command.
 type Reply struct {
 	Output [][]byte // standard output in one frame; services of others may send any number
 	Stderr []byte
@@ -209,9 +208,9 @@ func (r Reply) Body() [][]byte {
 func ParseReply(body [][]byte) Reply {
 	switch {
 	case len(body) == 3:
-		digits, found := strings.CutPrefix(string(body[2]), statusPrefix)
+		digits, ok := strings.CutPrefix(string(body[2]), statusPrefix)
 		status, err := strconv.ParseUint(digits, 10, 8)
-		if found && err == nil {
+		if ok && err == nil {
 			return Reply{Output: body[:1], Stderr: body[1], Status: int(status)}
 		}
 	case len(body) == 2 && string(body[0]) == "Error":

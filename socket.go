@@ -64,22 +64,22 @@ static int send_frames(uintptr_t socket, const char *data, const size_t *sizes, 
 
 enum { READABLE = 1, MONITORED = 2, WOKEN = 4 };
 
-// wait_for_events waits, for so many milliseconds, for a message, an event of the monitor or a
-// byte in the wake pipe. socket is 0 unless it may have a message already. It returns which of
-// these there may be, or a negative errno.
-static int wait_for_events(uintptr_t socket, int fd, int monitor_fd, int wake_fd, int timeout) {
+// wait_for_events waits up to timeout milliseconds for a message, an event of the monitor or a byte
+// in the wake pipe. wanted are the ZMQ_EVENTS that the socket may have already; socket is 0 if it has
+// none. It returns which of these there may be, or a negative errno.
+static int wait_for_events(uintptr_t socket, int wanted, int fd, int monitor_fd, int wake_fd, int timeout) {
 	struct pollfd fds[] = {{fd, POLLIN, 0}, {monitor_fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
 	int events = 0, result = 0;
 	size_t size = sizeof events;
 	char byte;
 
-	// The descriptor tells of new messages only, not of those that were there before.
+	// The descriptor tells of new events only, not of those that were there before.
 	while (socket && zmq_getsockopt((void *)socket, ZMQ_EVENTS, &events, &size) == -1)
 		if (errno != EINTR)
 			return -errno;
-	if (poll(fds, 3, events & ZMQ_POLLIN ? 0 : timeout) == -1)
+	if (poll(fds, 3, events & wanted ? 0 : timeout) == -1)
 		return errno == EINTR ? 0 : -errno;
-	if (events & ZMQ_POLLIN || fds[0].revents)
+	if (events & wanted || fds[0].revents)
 		result |= READABLE;
 	if (fds[1].revents)
 		result |= MONITORED;
@@ -116,6 +116,7 @@ type socket struct {
 	batch   *C.frame_batch
 	sending []byte // short frames, joined
 	drained bool   // no message is left, until fd becomes readable
+	blocked bool   // a wait ends when a message can be sent
 
 	monitor   *zmq.Socket
 	monitorFd C.int // -1 without a monitor
@@ -180,9 +181,9 @@ var errWouldBlock = errors.New("the peer takes no messages")
 // its own, which no short one keeps from being freed.
 const maxJoined = 16 << 10
 
-// send sends a message without waiting. After errWouldBlock nothing was sent. Any other error
-// is a connection that broke within a message: ZeroMQ then drops frames up to the end of a
-// message, so the socket is of no more use.
+// send sends a message without waiting. After errWouldBlock nothing was sent. At a ROUTER, any other
+// error means that the peer is gone. At a DEALER it means that the connection broke within the
+// message, and that ZeroMQ drops the next frames: the socket must be closed.
 func (s *socket) send(frames [][]byte) error {
 	s.drained = false // Sending handles the events that fd tells of, too.
 	for first := true; len(frames) > 0; first = false {
@@ -266,7 +267,7 @@ func (s *socket) watch(events zmq.Event) error {
 	s.monitorFd = C.int(fd)
 	err = errors.Join(err, s.Monitor(address, events), monitor.Connect(address), monitor.SetLinger(0))
 	if err == nil {
-		_, err = s.event() // The descriptor only tells those who found no event before.
+		_, err = s.event() // The descriptor only signals after a read that found nothing.
 	}
 	return err
 }
@@ -316,8 +317,9 @@ func (w *pollWaiter) Wake() {
 	}
 }
 
-// Wait returns when there may be a message to receive or an event of the monitor, after a Wake,
-// and at the deadline unless that is zero. The socket may be nil.
+// Wait returns when there may be a message to receive or an event of the monitor, when a message
+// can be sent after errWouldBlock, after a Wake, and at the deadline unless that is zero. The socket
+// may be nil.
 func (w *pollWaiter) Wait(s *socket, deadline time.Time) (readable, monitored bool, err error) {
 	if w.err != nil {
 		return false, false, w.err
@@ -327,14 +329,17 @@ func (w *pollWaiter) Wait(s *socket, deadline time.Time) (readable, monitored bo
 		// Rounded up, or it would return too early again and again.
 		timeout = C.int(min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 	}
-	handle, fd, monitorFd := C.uintptr_t(0), C.int(-1), C.int(-1)
+	handle, fd, monitorFd, wanted := C.uintptr_t(0), C.int(-1), C.int(-1), C.int(zmq.POLLIN)
 	if s != nil {
 		fd, monitorFd = s.fd, s.monitorFd
-		if !s.drained {
+		if s.blocked {
+			wanted |= C.int(zmq.POLLOUT)
+		}
+		if !s.drained || s.blocked {
 			handle = s.handle
 		}
 	}
-	result := C.wait_for_events(handle, fd, monitorFd, w.fd, timeout)
+	result := C.wait_for_events(handle, wanted, fd, monitorFd, w.fd, timeout)
 	if result < 0 {
 		return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-result))
 	}
@@ -401,7 +406,7 @@ func (w *netWaiter) Wake() {
 	}
 }
 
-// Wait returns as that of a pollWaiter does.
+// Wait is like that of a pollWaiter.
 func (w *netWaiter) Wait(deadline time.Time) (readable, monitored bool, err error) {
 	if !w.socket.drained {
 		events, err := w.socket.GetEvents()

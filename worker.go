@@ -28,8 +28,8 @@ and its exit status.
                          end a command that takes longer, with status 124 (none; 30s
                          with --coproc)
       --kill-after DURATION
-                         send SIGTERM to a command that has to end, and SIGKILL this
-                         much later (2s)
+                         send SIGTERM to a command that has to end, and SIGKILL when it
+                         has ended to what is left of it, or this much later (2s)
       --max-output SIZE  end a command that prints more (64M)
       --stderr WHERE     send the standard error of commands to: log, that of bservice;
                          reply; or merge, into the output (log)
@@ -44,8 +44,8 @@ and its exit status.
       --broker ENDPOINT  use this broker instead: tcp://HOST:PORT or ipc:///PATH
       --heartbeat DURATION
                          send a heartbeat this often (1s)
-      --liveness N       take the broker for gone after N heartbeats without one of its
-                         own (5)
+      --liveness N       reconnect when the broker has been silent for N heartbeat
+                         intervals (5)
   -q, --quiet            print errors only
   -v, --verbose          log each request
   -h, --help
@@ -114,7 +114,7 @@ func (t *serviceTool) Run() error {
 
 	// A signal asks the commands to end soon; a second one, or the end of the grace, now.
 	stop, endSoon := context.WithCancel(context.Background())
-	now, endNow := context.WithCancelCause(context.Background())
+	abort, endNow := context.WithCancelCause(context.Background())
 	defer onSignals(
 		func(os.Signal) {
 			endSoon()
@@ -123,7 +123,7 @@ func (t *serviceTool) Run() error {
 		func(second os.Signal) { endNow(signalled(second)) },
 	)()
 
-	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Now: now, commandFlags: t.commandFlags}
+	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Abort: abort, commandFlags: t.commandFlags}
 	if err := command.find(); err != nil {
 		return err
 	}
@@ -141,7 +141,7 @@ func (t *serviceTool) Run() error {
 	ended := make(chan error)
 	for range t.Jobs {
 		job := &Service{Name: t.Name, Endpoint: endpoint, heartbeatFlags: t.heartbeatFlags, console: c}
-		c.quiet = true // It is enough that one of them tells of the broker.
+		c.quiet = true // Only the first job reports on the broker.
 		go func() { ended <- t.serve(stop, job, command) }()
 	}
 	for range t.Jobs {
@@ -150,8 +150,9 @@ func (t *serviceTool) Run() error {
 			endSoon()
 		}
 	}
-	if f := (*failure)(nil); err == nil && errors.As(context.Cause(now), &f) {
-		return f
+	var second *failure
+	if err == nil && errors.As(context.Cause(abort), &second) {
+		return second
 	}
 	return err
 }
@@ -215,7 +216,7 @@ func (s *Service) Serve(stop context.Context) error {
 	for stop.Err() == nil {
 		begin := time.Now()
 		over, err := s.serveSession(stop)
-		unknownHost := errors.As(err, new(lookUpError))
+		unknownHost := errors.Is(err, errLookUp)
 		switch {
 		case err != nil && !unknownHost:
 			return err
@@ -250,11 +251,11 @@ func (s *Service) noticeMissing(now time.Time) bool {
 	return true
 }
 
-// serveSession is the loop around one session. It uses a new socket: an old one could bring back
-// what an earlier session left in it. It returns why the session is over, or nil after stop.
+// serveSession is the loop around one session, on a new socket: an old one could deliver messages of
+// an earlier session. It returns why the session is over, or nil after stop.
 func (s *Service) serveSession(stop context.Context) (over, err error) {
-	// Only a broker that is there gets messages: heartbeats would otherwise wait for it, and READY
-	// would arrive when it is not true any more.
+	// Queue messages only for a broker that is there: heartbeats would pile up, and READY would arrive
+	// too late to be true.
 	immediate := func(s *socket) error { return s.SetImmediate(true) }
 	broker, err := dial(stop, "bservice", s.Endpoint, immediate)
 	if err != nil {

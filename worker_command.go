@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -52,8 +53,8 @@ func (f *commandFlags) Validate() error {
 type CmdService struct {
 	Name     string
 	Endpoint string
-	Command  []string        // {} stands for the frames of the request, else they follow at the end
-	Now      context.Context // when done, running commands are ended
+	Command  operands        // {} stands for the frames of the request, else they follow at the end
+	Abort    context.Context // when done, running commands are ended
 	commandFlags
 }
 
@@ -108,7 +109,7 @@ func (c *CmdService) argv(body [][]byte) ([]string, error) {
 		}
 		arguments[i] = string(frame)
 	}
-	return slices.Concat(c.Command[:1], operands(c.Command[1:]).with(arguments...)), nil
+	return slices.Concat(c.Command[:1], c.Command[1:].with(arguments...)), nil
 }
 
 // cannotRun returns the failure of a command that did not start.
@@ -145,7 +146,7 @@ type process struct {
 	*exec.Cmd
 	stdout, stderr output
 	ctx            context.Context         // done when the process has to end
-	end            context.CancelCauseFunc // ends the process for a reason, or releases ctx
+	end            context.CancelCauseFunc // cancels ctx; a failure as its cause becomes the reply
 	ended          chan struct{}           // closed when it has ended and its output was read
 }
 
@@ -155,15 +156,16 @@ type output interface {
 	Bytes() []byte
 }
 
-// prepare returns a process that is yet to start. When it has to end, its group gets SIGTERM,
-// and --kill-after later SIGKILL.
+// prepare returns a process that is yet to start. When it has to end, its group gets SIGTERM, and
+// SIGKILL once the process has ended, at the latest after --kill-after.
 func (c *CmdService) prepare(argv []string, env ...string) *process {
 	p := &process{ended: make(chan struct{})}
-	p.ctx, p.end = context.WithCancelCause(c.Now)
+	p.ctx, p.end = context.WithCancelCause(c.Abort)
 	p.Cmd = exec.CommandContext(p.ctx, argv[0], argv[1:]...)
 	p.Cancel = func() error { return p.signalGroup(syscall.SIGTERM) }
-	// WaitDelay also limits how long a child that keeps the output open holds up the reply.
-	p.WaitDelay = c.KillAfter
+	// WaitDelay also limits how long a child that keeps the output open holds up the reply. To exec, 0
+	// is no limit.
+	p.WaitDelay = max(c.KillAfter, 1)
 	p.Dir = c.Cwd
 	p.Env = slices.Concat(os.Environ(), c.Env,
 		[]string{"BACKBONE_SERVICE=" + c.Name, "BACKBONE_ENDPOINT=" + c.Endpoint}, env)
@@ -222,11 +224,12 @@ func (c *CmdService) limitTime(p *process) (stop func()) {
 func (c *CmdService) wait(p *process) (status int, reason error) {
 	<-p.ended
 	status = exitStatus(p.ProcessState)
-	var f *failure
-	switch cause := context.Cause(p.ctx); {
-	case c.Now.Err() != nil && status != 0:
+	cause, f := context.Cause(p.ctx), (*failure)(nil)
+	switch {
+	case cause == nil, cause == context.Cause(c.Abort) && status == 0:
+	case cause == context.Cause(c.Abort):
 		reason = errors.New("ended because the service is stopping")
-	case c.Now.Err() == nil && errors.As(cause, &f):
+	case errors.As(cause, &f):
 		status, reason = f.status, f
 	}
 	return status, reason
@@ -258,12 +261,12 @@ func exitStatus(state *os.ProcessState) int {
 // A limitedBuffer keeps up to a number of bytes, and ends the process that prints more.
 type limitedBuffer struct {
 	buffer
-	left, max int
-	end       context.CancelCauseFunc
+	left, limit int
+	end         context.CancelCauseFunc
 }
 
-func newLimitedBuffer(max size, end context.CancelCauseFunc) *limitedBuffer {
-	return &limitedBuffer{left: int(max), max: int(max), end: end}
+func newLimitedBuffer(limit size, end context.CancelCauseFunc) *limitedBuffer {
+	return &limitedBuffer{left: int(limit), limit: int(limit), end: end}
 }
 
 func (b *limitedBuffer) Write(p []byte) (int, error) {
@@ -271,7 +274,7 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 	b.left -= n
 	b.buffer.Write(p[:n])
 	if n < len(p) {
-		err := &failure{status: exitIO, err: fmt.Errorf("ended because it printed more than --max-output %d bytes", b.max)}
+		err := &failure{status: exitIO, err: fmt.Errorf("ended because it printed more than --max-output %d bytes", b.limit)}
 		b.end(err)
 		return n, err
 	}
@@ -281,13 +284,16 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 // A tailBuffer passes everything on to a log and keeps the end of it.
 type tailBuffer struct {
 	log  io.Writer
-	tail []byte // at least tailLength bytes, if there were as many
+	mu   sync.Mutex // a coprocess writes while requests begin
+	tail []byte     // up to twice tailLength bytes
 }
 
 const tailLength = 64 << 10
 
 func (b *tailBuffer) Write(p []byte) (int, error) {
 	b.log.Write(p) // If that fails, the command need not know.
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.tail = append(b.tail, p...)
 	if surplus := len(b.tail) - tailLength; surplus > tailLength {
 		b.tail = append(b.tail[:0], b.tail[surplus:]...)
@@ -295,7 +301,18 @@ func (b *tailBuffer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (b *tailBuffer) Bytes() []byte { return b.tail }
+// Bytes returns the last tailLength bytes.
+func (b *tailBuffer) Bytes() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.tail[max(0, len(b.tail)-tailLength):]
+}
+
+func (b *tailBuffer) Reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.tail = nil
+}
 
 // A coprocess answers requests, one at a time, with a command that keeps running: each
 // request is a line of its input, and each line of its output is a reply.
@@ -319,6 +336,9 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 	}
 	if f := c.ensureRunning(); f != nil {
 		return c.refusal(f)
+	}
+	if stderr, ok := c.running.stderr.(*tailBuffer); ok {
+		stderr.Reset() // It is about earlier requests.
 	}
 	defer c.limitTime(c.running)()
 	// The process may print while it reads: a long line does not fit into the pipe.
@@ -344,14 +364,14 @@ func (c *coprocess) accept(line []byte) Reply {
 
 // line returns a request as the process reads it.
 func (c *coprocess) line(body [][]byte) ([]byte, error) {
-	terminator := "newline"
+	name := "newline"
 	if c.terminator == 0 {
-		terminator = "NUL byte"
+		name = "NUL byte"
 	}
 	for i, frame := range body {
 		switch {
 		case bytes.IndexByte(frame, c.terminator) >= 0:
-			return nil, fmt.Errorf("frame %d contains a %s, which ends a request", i+1, terminator)
+			return nil, fmt.Errorf("frame %d contains a %s, which ends a request", i+1, name)
 		case bytes.IndexByte(frame, '\t') >= 0:
 			return nil, fmt.Errorf("frame %d contains a tab, which separates arguments", i+1)
 		}
@@ -384,8 +404,8 @@ func (c *coprocess) ensureRunning() *failure {
 		return &failure{status: exitTemporary, err: err}
 	}
 	p := c.prepare(c.Command)
-	output := &lineOutput{limitedBuffer: newLimitedBuffer(c.MaxOutput, p.end), terminator: c.terminator, lines: make(chan []byte, 1)}
-	c.redirect(p, output)
+	stdout := &lineOutput{limitedBuffer: newLimitedBuffer(c.MaxOutput, p.end), terminator: c.terminator, lines: make(chan []byte, 1)}
+	c.redirect(p, stdout)
 	stdin, err := p.StdinPipe()
 	if err == nil {
 		err = c.start(p)
@@ -394,7 +414,7 @@ func (c *coprocess) ensureRunning() *failure {
 		p.end(nil)
 		return cannotRun(err)
 	}
-	c.running, c.stdin, c.output, c.answered = p, stdin, output, false
+	c.running, c.stdin, c.output, c.answered = p, stdin, stdout, false
 	return nil
 }
 
@@ -462,7 +482,7 @@ func (o *lineOutput) Write(p []byte) (int, error) {
 	if len(rest) == 0 {
 		select {
 		case o.lines <- o.Bytes():
-			o.limitedBuffer = newLimitedBuffer(size(o.max), o.end)
+			o.limitedBuffer = newLimitedBuffer(size(o.limit), o.end)
 			return len(p), nil
 		default:
 		}

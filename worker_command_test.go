@@ -19,7 +19,7 @@ func testCommand(command ...string) *CmdService {
 		Name:         "svc",
 		Endpoint:     "tcp://broker:5555",
 		Command:      command,
-		Now:          context.Background(),
+		Abort:        context.Background(),
 		commandFlags: commandFlags{KillAfter: 2 * time.Second, MaxOutput: 64 << 20, Stderr: "log"},
 	}
 }
@@ -151,7 +151,7 @@ func TestFailureIncludesTheEndOfALongStandardError(t *testing.T) {
 	c := testCommand("sh", "-c", "seq 1 100000 >&2; exit 1")
 	var got [][]byte
 	log := captureStderr(t, func() { got = c.Handle("token", nil).Body() })
-	if stderr := string(got[1]); len(stderr) < 64<<10 || len(stderr) > 128<<10 || !strings.HasSuffix(log, stderr) {
+	if stderr := string(got[1]); len(stderr) != 64<<10 || !strings.HasSuffix(log, stderr) {
 		t.Errorf("got %d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
 	}
 }
@@ -189,7 +189,7 @@ func TestEndOfACommandEndsItsProcessGroup(t *testing.T) {
 				defer end()
 				fifo := newFifo(t)
 				c := testCommand("sh", "-c", test.line, fifo)
-				c.Now, c.KillAfter = now, 100*time.Millisecond
+				c.Abort, c.KillAfter = now, 100*time.Millisecond
 				if timeout {
 					limit := 500 * time.Millisecond
 					c.Timeout, test.status = &limit, "exit status 124"
@@ -215,6 +215,15 @@ func TestEndOfACommandEndsItsProcessGroup(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+func TestCommandThatIgnoresSIGTERMIsKilledAtOnceWithoutPatience(t *testing.T) {
+	c := testCommand("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
+	timeout := 100 * time.Millisecond
+	c.Timeout, c.KillAfter = &timeout, 0
+	if got := spell(c.Handle("token", nil).Body()); got[len(got)-1] != "exit status 124" {
+		t.Errorf("got %q", got)
 	}
 }
 
@@ -336,6 +345,17 @@ func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
 	first := c.running
 	c.expectReply(t, nil, "2\n")
 	<-first.ended
+}
+
+func TestStandardErrorOfEarlierRequestsIsNotInAReply(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(t.TempDir(), "count"))
+	captureStderr(t, func() {
+		c.expectReply(t, []string{"echo secret >&2; echo one"}, "one\n")
+		for !strings.Contains(string(c.running.stderr.Bytes()), "secret") {
+			runtime.Gosched()
+		}
+		c.expectReply(t, []string{"echo mine >&2; exit 3"}, "", "mine\n", "exit status 3")
+	})
 }
 
 func TestCoprocessThatDiedWhileIdleIsReplacedUnnoticed(t *testing.T) {

@@ -128,8 +128,8 @@ func (s *session) Tick(now time.Time) time.Time {
 // errMissing is why a session ends if no broker was there for a while.
 var errMissing = errors.New("no broker is there")
 
-// Lose takes the news that the connection broke. What was on its way is lost in both directions:
-// an idle worker might wait for a request that the broker has sent.
+// Lose is called when the connection broke. What was on its way is lost in both directions: an idle
+// worker might wait for a request that the broker has sent.
 func (s *session) Lose() {
 	if s.over == nil && s.registered && !s.busy() {
 		s.over = errors.New("the connection to the broker broke")

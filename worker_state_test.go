@@ -103,7 +103,7 @@ func TestReplyGoesToTheAddressOfItsRequest(t *testing.T) {
 
 func TestMissingBrokerIsReportedEveryHalfMinute(t *testing.T) {
 	s := newFakeSession(t)
-	s.quiet, s.tool, s.Endpoint = false, "bservice", "tcp://nowhere:5555"
+	s.quiet, s.name, s.Endpoint = false, "bservice", "tcp://nowhere:5555"
 	const waits = "bservice: echo waits for a broker at tcp://nowhere:5555\n"
 	for _, want := range []struct {
 		seconds int
