@@ -107,7 +107,9 @@ func (t *brokerTool) Run() error {
 	case t.Verbose:
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	stderr := newLogWriter(os.Stderr)
+	defer stderr.Close()
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 
 	// Closing waits up to a second, the linger, for replies and DISCONNECTs to leave.
 	defer zmq.Term()
@@ -122,8 +124,7 @@ func (t *brokerTool) Run() error {
 	}
 
 	stop, cancel := context.WithCancel(context.Background())
-	restore := onSignals(func(os.Signal) { cancel() })
-	context.AfterFunc(stop, restore) // A second signal ends the process at once.
+	defer onSignals(func(os.Signal) { cancel() })()
 	return runBroker(stop, router, t.brokerFlags, t.Grace, log)
 }
 
@@ -146,7 +147,7 @@ func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
 		router.SetMaxmsgsize(int64(maxMessage)),
 		router.SetBacklog(1024),
 		router.SetLinger(time.Second),
-		router.watch(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
+		router.watch(zmq.EVENT_DISCONNECTED|zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
 	)
 	if err != nil {
 		router.Close()
@@ -228,8 +229,26 @@ func removeSockets(endpoints []string) {
 	}
 }
 
-// maxReceived limits the messages that the loop receives before it looks at the time.
-const maxReceived = 1000
+// routerOutlet is the outlet of a broker that has a ROUTER.
+type routerOutlet struct{ *socket }
+
+func (r routerOutlet) send(frames [][]byte, queue peerQueue) error {
+	counted, _ := queue.(*sendQueue)
+	return r.sendCounted(frames, counted)
+}
+
+func (r routerOutlet) newQueue() peerQueue        { return newSendQueue() }
+func (r routerOutlet) queued() size               { return queuedForAll() }
+func (r routerOutlet) received(source int) uint64 { return bytesReceived(source) }
+
+const (
+	// maxTurn is how long the loop receives messages before it looks after heartbeats and signals.
+	maxTurn = 5 * time.Millisecond
+
+	// quietTime is how long a broker that stops waits for requests that are still on their way, so
+	// that it refuses them, and none is lost.
+	quietTime = 200 * time.Millisecond
+)
 
 // runBroker is the loop around a Broker: it owns the socket and the clock. When stop is done it drains
 // the broker, for as long as grace at most, and returns nil.
@@ -237,53 +256,68 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 	waiter := newPollWaiter()
 	defer context.AfterFunc(stop, waiter.Wake)()
 
-	broker := NewBroker(flags, time.Now(), router.send, log)
-	var graceEnd time.Time // zero until stop is done
+	broker := NewBroker(flags, time.Now(), routerOutlet{router}, log)
+	memory := newMemoryKeeper(flags.MaxMemory)
+	var graceEnd, lastMessage time.Time // graceEnd is zero until stop is done
 	for {
 		now := time.Now()
 		deadline := broker.Tick(now)
-		if stop.Err() != nil && graceEnd.IsZero() {
-			broker.Drain()
-			graceEnd = now.Add(grace)
-		}
-		if !graceEnd.IsZero() {
-			if broker.Drained() || !now.Before(graceEnd) {
+		memory.keep(broker.held, queuedForAll())
+		if stop.Err() != nil {
+			if graceEnd.IsZero() {
+				broker.Drain()
+				graceEnd = now.Add(grace)
+			}
+			end := graceEnd
+			if broker.Drained() {
+				end = earlier(graceEnd, lastMessage.Add(quietTime))
+			}
+			if !now.Before(end) {
 				broker.Stop()
 				return nil
 			}
-			deadline = earlier(deadline, graceEnd)
+			deadline = earlier(deadline, end)
 		}
 		readable, monitored, err := waiter.Wait(router, deadline)
 		if err != nil {
 			return err
 		}
 		if monitored {
-			if err := warnOfHandshakes(router, broker); err != nil {
+			if err := reportConnections(router, broker); err != nil {
 				return err
 			}
 		}
-		for n := 0; readable && n < maxReceived; n++ {
-			frames, err := router.receive()
+		for begin, now := time.Now(), time.Now(); readable && now.Sub(begin) < maxTurn; now = time.Now() {
+			frames, source, err := router.receiveFrom(true)
 			if err != nil {
 				return err
 			}
 			if frames == nil {
 				break
 			}
-			length := sizeOf(frames)
-			broker.Receive(frames, time.Now())
-			freeMemory(length) // for the next one
+			lastMessage = now
+			if !broker.Knows(source, frames[0]) {
+				if err := reportConnections(router, broker); err != nil {
+					return err
+				}
+			}
+			broker.Receive(frames, source, now)
+			memory.passed(sizeOf(frames))
 		}
 	}
 }
 
-// warnOfHandshakes logs the connections that the monitor saw fail.
-func warnOfHandshakes(router *socket, broker *Broker) error {
+// reportConnections tells the broker which connections the monitor saw break or fail.
+func reportConnections(router *socket, broker *Broker) error {
 	for {
-		event, err := router.event()
-		if err != nil || event == 0 {
+		event, source, err := router.event()
+		switch {
+		case err != nil || event == 0:
 			return err
+		case event == zmq.EVENT_DISCONNECTED:
+			broker.Disconnected(source, time.Now())
+		default:
+			broker.log.warn("handshake", "a peer connected but did not complete the ZeroMQ handshake")
 		}
-		broker.warn("handshake", "a peer connected but did not complete the ZeroMQ handshake")
 	}
 }

@@ -1,12 +1,14 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // manage answers a request to the broker itself: RFC 8 and, beyond it, what mdp.go lists.
@@ -21,41 +23,44 @@ func (b *Broker) manage(name string, client, body [][]byte) []byte {
 	case mmiCancel:
 		return mmiCode(b.cancel(client) > 0)
 	case mmiServices:
-		return b.table()
+		return b.report(name, b.table)
 	case mmiMetrics:
-		return b.metrics()
+		return b.report(name, b.metrics)
 	}
 	return []byte(mmiNotImplemented)
 }
+
+// A report is what a management service replied last.
+type report struct {
+	text  []byte
+	until time.Time // it is made anew
+}
+
+// report returns what compose makes. With many services it takes long: then it is made once a second
+// at most, however often it is asked for.
+func (b *Broker) report(name string, compose func() []byte) []byte {
+	last, ok := b.reports[name]
+	if ok && b.now.Before(last.until) {
+		return last.text
+	}
+	last = report{text: compose()}
+	if len(b.services) > freshServices {
+		last.until = b.now.Add(time.Second)
+		b.reports[name] = last
+	}
+	return last.text
+}
+
+const (
+	freshServices  = 20   // with more, reports are made once a second at most
+	metricServices = 1000 // that have metrics of their own
+)
 
 func mmiCode(found bool) []byte {
 	if found {
 		return []byte(mmiFound)
 	}
 	return []byte(mmiNotFound)
-}
-
-// cancel drops the waiting requests of a client and returns their number. They are those whose
-// address begins with that of the client: it may add frames of its own, and behind a proxy others
-// share its identity.
-func (b *Broker) cancel(client [][]byte) (dropped int) {
-	own, ok := b.waiting[string(client[0])]
-	if !ok {
-		return 0
-	}
-	for e := own.Front(); e != nil; {
-		r := e.Value.(*brokerRequest)
-		e = e.Next()
-		if len(r.client) < len(client) || !slices.EqualFunc(r.client[:len(client)], client, bytes.Equal) {
-			continue
-		}
-		b.dequeue(r)
-		b.end(r)
-		b.count(r.service, cancelledTotal, 1)
-		b.dispatch(r.service)
-		dropped++
-	}
-	return dropped
 }
 
 // A tally counts what happened to one service, or to all that there ever were.
@@ -78,6 +83,8 @@ const (
 	refusedTotal
 	expiredTotal
 	cancelledTotal
+	abandonedTotal
+	poisonedTotal
 	droppedRepliesTotal
 	requestBytes
 	replyBytes
@@ -92,6 +99,8 @@ var counters = [...]metric{
 	refusedTotal:        {"refused_total", "Requests refused with status 75."},
 	expiredTotal:        {"expired_total", "Requests for which no worker came."},
 	cancelledTotal:      {"cancelled_total", "Requests that their client gave up before they began."},
+	abandonedTotal:      {"abandoned_total", "Requests that were dropped because their client was gone."},
+	poisonedTotal:       {"poisoned_total", "Requests that failed because workers returned them again and again."},
 	droppedRepliesTotal: {"dropped_replies_total", "Replies whose client was gone or did not read."},
 	requestBytes:        {"request_bytes_total", "Bytes in the bodies of requests."},
 	replyBytes:          {"reply_bytes_total", "Bytes in the bodies of replies that were sent."},
@@ -109,9 +118,12 @@ var timings = [...]metric{
 	serveSeconds: {"serve_seconds", "Time from the worker of a request to its reply."},
 }
 
+// count counts something of a service, which may be nil.
 func (b *Broker) count(s *brokerService, c counter, n uint64) {
 	b.total.counts[c] += n
-	s.tally.counts[c] += n
+	if s != nil {
+		s.tally.counts[c] += n
+	}
 }
 
 func (b *Broker) observe(s *brokerService, t timing, d time.Duration) {
@@ -146,7 +158,7 @@ func (b *Broker) sortedServices() []*brokerService {
 func (b *Broker) table() []byte {
 	out := []byte("service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n")
 	for _, s := range b.sortedServices() {
-		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting.Len(),
+		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting,
 			s.workers-s.idle.Len(), s.tally.counts[repliesTotal], s.tally.counts[failuresTotal])
 	}
 	return out
@@ -164,14 +176,19 @@ type sample struct {
 func (b *Broker) metrics() []byte {
 	all := sample{workers: len(b.workers), tally: &b.total}
 	var each []sample
-	for _, s := range b.sortedServices() {
-		label := fmt.Sprintf(`service="%s"`, labelEscaper.Replace(strings.ToValidUTF8(s.name, "\uFFFD")))
-		each = append(each, sample{label, s.workers, s.idle.Len(), s.waiting.Len(), &s.tally})
+	services := b.sortedServices()
+	for i, s := range services {
 		all.idle += s.idle.Len()
-		all.waiting += s.waiting.Len()
+		all.waiting += s.waiting
+		if i < metricServices {
+			each = append(each, sample{fmt.Sprintf(`service="%s"`, labelValue(s.name)), s.workers, s.idle.Len(), s.waiting, &s.tally})
+		}
 	}
 
 	var out []byte
+	if len(services) > metricServices {
+		out = fmt.Appendf(out, "# %d more services have no metrics of their own here.\n", len(services)-metricServices)
+	}
 	head := func(kind, name, help string) {
 		out = fmt.Appendf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 	}
@@ -214,6 +231,15 @@ func (b *Broker) metrics() []byte {
 }
 
 var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+
+// labelValue returns a name as the value of a label, which is UTF-8. A name that is not, or hides
+// something, is quoted, so that different names stay different.
+func labelValue(name string) string {
+	if !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl) {
+		name = strconv.QuoteToASCII(name)
+	}
+	return labelEscaper.Replace(name)
+}
 
 // labels returns those that are not empty, in braces.
 func labels(some ...string) string {

@@ -66,13 +66,13 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	r.sent = nil
 	r.failed["C"] = errGone
 	r.failed["W"] = errGone
-	r.pass(1)
+	r.pass(2)
 	delete(r.failed, "C")
 	r.from("C", "", "MDPC01", "mmi.metrics")
 	metrics := r.expect([]string{"C", "", "MDPC01", "mmi.metrics", "*"})[0]
 	for _, line := range []string{
 		"# TYPE backbone_requests_total counter",
-		"backbone_uptime_seconds 1.5",
+		"backbone_uptime_seconds 2.5",
 		"backbone_workers 0",
 		"backbone_queue_length 0",
 		"backbone_requests_total 2",
@@ -98,7 +98,7 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	r.from("V", "", "MDPW01", "\x01", "echo\"\xff")
 	r.from("C", "", "MDPC01", "mmi.metrics")
 	metrics = r.expect([]string{"C", "", "MDPC01", "mmi.metrics", "*"})[0]
-	if line := "backbone_service_workers{service=\"echo\\\"\uFFFD\"} 1\n"; !strings.Contains(metrics, line) {
+	if line := "backbone_service_workers{service=\"\\\"echo\\\\\\\"\\\\xff\\\"\"} 1\n"; !strings.Contains(metrics, line) {
 		t.Errorf("the metrics lack %q", line)
 	}
 	seen := map[string]bool{}

@@ -8,56 +8,93 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"time"
 )
 
 // Broker is the broker of MDP/0.1 (RFC 7). It is a state machine that knows no socket and no
-// clock: Receive and Tick are its events, and the messages that it sends are its actions. It
-// belongs to one goroutine.
+// clock: Receive, Disconnected and Tick are its events, and the messages that it sends are its
+// actions. It belongs to one goroutine.
 //
 // For each service either workers are idle or requests wait, never both. A request that was taken
 // waits or is with one worker, until it ends: with a reply, or when its client cancels it.
 type Broker struct {
 	brokerFlags
-	send func(frames [][]byte) error // the identity first; never waits, may return errWouldBlock
-	log  *slog.Logger
+	outlet outlet
+	log    *brokerLog
 
 	// debug tells whether the log takes lines for single requests, which cost more than all other
 	// work on a request.
 	debug bool
 
 	services    map[string]*brokerService
+	unserved    int                      // services without workers
 	workers     map[string]*brokerWorker // by identity
-	waiting     map[string]*list.List    // of *brokerRequest, by the identity of the client
+	clients     map[string]*brokerClient // by identity
+	sources     map[int]string           // identities, by the descriptor of their connection
 	tokenPrefix string                   // of this run of the broker
 	lastToken   uint64
 	held        size // of all requests that have not ended
 	unfinished  int  // their number
 	draining    bool
+	expiring    bool // requests may have waited too long
 
 	begin, now, nextHeartbeat time.Time
 	total                     tally
-	warned                    map[string]bool // what was logged since warnAgain was set
-	warnAgain                 time.Time       // when warned is cleared
+	reports                   map[string]report // of mmi services
+}
+
+// An outlet is what a broker sends its messages through. The first frame of a message is the identity
+// of the peer. It never waits: an error is errWouldBlock, or means that the peer is gone.
+type outlet interface {
+	send(frames [][]byte, queue peerQueue) error
+	newQueue() peerQueue
+	queued() size                   // bytes in all queues
+	received(source int) (n uint64) // bytes over a connection so far; 0 if that is unknown
 }
 
 // brokerFlags are the flags that the state machine obeys.
 type brokerFlags struct {
 	heartbeatFlags
 	QueueTTL  time.Duration `default:"1m"`
-	MaxQueue  uint          `default:"100000"`
+	MaxQueue  int           `default:"100000"`
 	MaxMemory size          `default:"1G"`
 	Redeliver uint          `default:"0"`
 }
+
+func (f *brokerFlags) Validate() error {
+	if f.MaxQueue < 0 {
+		return fmt.Errorf("--max-queue must be 0 or more, not %d", f.MaxQueue)
+	}
+	return f.heartbeatFlags.Validate()
+}
+
+// silenceLimit is how long a peer may be silent, or away.
+func (f *brokerFlags) silenceLimit() time.Duration { return time.Duration(f.Liveness) * f.Heartbeat }
+
+// What a broker takes from one peer, besides the flags.
+const (
+	clientShare  = 2           // a client may hold MaxMemory divided by this, in requests and unread replies
+	maxUnserved  = 10_000      // names that wait for their first worker
+	maxAddress   = 16          // frames of a client's address
+	maxReturns   = 10          // times that workers may return a request
+	frontReturns = 3           // of these, how often it goes ahead of the others
+	maxExpired   = 1000        // requests that expire in one Tick
+	smallReply   = 4 << 10     // bytes of a reply that a client gets even if memory is full
+	requestCost  = 512         // bytes that holding a request takes, besides its frames
+	workerPrefix = "bservice." // begins the identity of workers that send heartbeats while they work
+)
 
 // A brokerService exists while it has workers or waiting requests.
 type brokerService struct {
 	name       string
 	workers    int
-	idle       list.List // of *brokerWorker, the least recently used first
-	waiting    list.List // of *brokerRequest, the oldest first
-	unservedAt time.Time // when it lost its last worker
+	idle       list.List                      // of *brokerWorker, the least recently used first
+	waiting    int                            // requests
+	queues     map[*brokerClient]*clientQueue // that are not empty
+	turns      list.List                      // of *clientQueue, the next one first
+	unservedAt time.Time                      // when it lost its last worker
 	tally      tally
 }
 
@@ -65,145 +102,210 @@ type brokerService struct {
 type brokerWorker struct {
 	identity    string
 	address     [][]byte // the identity as a frame
+	queue       peerQueue
+	source      int    // the descriptor of its connection, or -1
+	received    uint64 // bytes over its connection, when it was last silent
 	service     *brokerService
 	request     *brokerRequest // nil when idle
 	idleElement *list.Element  // its place among the idle workers, nil when busy
 	silence     int            // heartbeats since it was last heard
 	busy        int            // heartbeats since it was given its request
+	heard       int            // heartbeats that it sent since then
 
-	// heardWhileBusy tells that it can send heartbeats while it works; many workers cannot.
-	heardWhileBusy bool
+	gone        bool           // its connection broke
+
+	// beatsWhileBusy tells that it sends heartbeats while it works; many workers cannot.
+	beatsWhileBusy bool
 }
 
 // A brokerRequest exists from its arrival to its end.
 type brokerRequest struct {
 	service *brokerService
+	client  *brokerClient
 	name    []byte   // of the service, for the reply
-	client  [][]byte // the address stack, with the identity first
+	address [][]byte // the client's address stack, with its identity first
 	body    [][]byte
 	token   []byte // stands for the client in messages to workers
+	cost    size   // bytes that holding it takes
 
 	arrived, started time.Time
 	redelivered      uint
+	returned         int // times that a worker returned it
 
-	// Its places in the queues of its service and of its client, nil when in flight.
-	queued, owned *list.Element
-}
-
-// size returns the bytes that the broker holds. The address of a client may be long, too.
-func (r *brokerRequest) size() size {
-	return sizeOf(r.client) + size(len(r.name)) + sizeOf(r.body)
+	// Its places in the queue of its client and among the addresses of its client, nil when in flight.
+	inQueue *list.Element
+	node    *addressNode
+	inNode  *list.Element
 }
 
 // NewBroker returns a broker without workers and requests.
-func NewBroker(flags brokerFlags, now time.Time, send func(frames [][]byte) error, log *slog.Logger) *Broker {
+func NewBroker(flags brokerFlags, now time.Time, out outlet, log *slog.Logger) *Broker {
 	return &Broker{
 		brokerFlags:   flags,
-		send:          send,
-		log:           log,
+		outlet:        out,
+		log:           newBrokerLog(log),
 		debug:         log.Enabled(context.Background(), slog.LevelDebug),
 		services:      map[string]*brokerService{},
 		workers:       map[string]*brokerWorker{},
-		waiting:       map[string]*list.List{},
+		clients:       map[string]*brokerClient{},
+		sources:       map[int]string{},
 		tokenPrefix:   fmt.Sprintf("%08x.", rand.Uint32()),
 		begin:         now,
 		now:           now,
 		nextHeartbeat: now,
-		warned:        map[string]bool{},
+		reports:       map[string]report{},
 	}
 }
 
-// Receive takes a message as the ROUTER received it, the identity of the peer first.
-func (b *Broker) Receive(frames [][]byte, now time.Time) {
+// Knows tells whether a connection is known to be that of an identity. If not, events of connections
+// that broke before have to come before the message: the descriptor may have been theirs.
+func (b *Broker) Knows(source int, identity []byte) bool {
+	return source < 0 || b.sources[source] == string(identity)
+}
+
+// Receive takes a message as the ROUTER received it, the identity of the peer first. source is the
+// descriptor of the connection, or -1.
+func (b *Broker) Receive(frames [][]byte, source int, now time.Time) {
 	if len(frames) == 0 {
 		return
 	}
 	b.now = now
 	peer := frames[0]
+	if !b.Knows(source, peer) {
+		b.sources[source] = string(peer)
+	}
 	m, err := Parse(frames[1:])
-	if err == nil && m.Kind != KindClient && len(m.Address) > 0 {
+	switch {
+	case err == nil && m.Kind != KindClient && len(m.Address) > 0:
 		err = fmt.Errorf("%v: a worker has no address other than its identity", m.Kind)
+	case err == nil && len(m.Address) >= maxAddress:
+		err = fmt.Errorf("an address of more than %d frames", maxAddress)
+	case err == nil && m.Kind != KindClient && len(frames) > maxFrames:
+		err = fmt.Errorf("%v: more than %d frames", m.Kind, maxFrames)
+	}
+	w := b.workers[string(peer)]
+	if w != nil && m.Kind == KindReply && (err == nil || errors.Is(err, errNoClient)) {
+		b.receiveReply(w, m, err == nil)
+		return
 	}
 	if err != nil {
-		b.warn("peer "+string(peer), "bad message", "peer", string(peer), "why", err)
+		b.log.warn("peer "+string(peer), "bad message", "peer", logged(string(peer)), "why", err)
+		if w != nil {
+			b.disconnect(w, "a bad message")
+			b.dispatch(w.service)
+		}
 		return
 	}
 	if b.debug {
-		b.log.Debug("message", "peer", string(peer), "kind", m.Kind, "service", string(m.Service), "frames", len(m.Body))
+		b.log.Debug("message", "peer", logged(string(peer)), "kind", m.Kind, "service", logged(string(m.Service)), "frames", len(m.Body))
 	}
-	if m.Kind == KindClient {
-		b.receiveClient(frames[:1+len(m.Address)], m)
-	} else {
-		b.receiveWorker(peer, m)
+	switch {
+	case m.Kind == KindClient:
+		b.receiveClient(frames[:1+len(m.Address)], m, len(frames) > maxFrames)
+	case w != nil:
+		b.receiveWorker(w, m)
+	case m.Kind == KindReady:
+		b.register(peer, source, m.Service)
+	case m.Kind != KindDisconnect:
+		// It registered with an earlier run of this broker, or was given up. DISCONNECT makes it
+		// register anew.
+		b.sendTo([][]byte{peer}, nil, Message{Kind: KindDisconnect})
 	}
 }
 
-func (b *Broker) receiveClient(client [][]byte, m Message) {
+func (b *Broker) receiveClient(address [][]byte, m Message, cutOff bool) {
+	c := b.client(address[0])
+	c.goneSince = time.Time{}
 	if isManagement(string(m.Service)) {
-		b.reply(client, m.Service, [][]byte{b.manage(string(m.Service), client, m.Body)})
+		b.reply(c, address, m.Service, [][]byte{b.manage(string(m.Service), address, m.Body)})
 		return
 	}
-	s := b.service(m.Service)
-	r := &brokerRequest{service: s, name: m.Service, client: client, body: m.Body, token: b.nextToken(), arrived: b.now}
-	b.unfinished++
-	b.held += r.size()
+	s := b.services[string(m.Service)]
+	if s == nil && b.unserved < maxUnserved {
+		s = b.service(m.Service)
+	}
+	r := &brokerRequest{service: s, client: c, name: m.Service, address: address, body: m.Body, arrived: b.now,
+		cost: requestCost + costOf(address) + size(len(m.Service)) + costOf(m.Body)}
 	b.count(s, requestsTotal, 1)
-	b.count(s, requestBytes, uint64(sizeOf(r.body)))
+	b.count(s, requestBytes, uint64(sizeOf(m.Body)))
 	switch {
+	case cutOff:
+		b.answer(r, exitUsage, fmt.Sprintf("the request has more than %d arguments", maxFrames))
 	case b.draining:
 		b.refuse(r, shuttingDown)
-	case b.held > b.MaxMemory:
-		b.refuse(r, "the broker holds --max-memory bytes of requests already")
-	case b.assign(r):
-	case s.waiting.Len() >= int(b.MaxQueue):
+	case b.held+b.outlet.queued()+r.cost > b.MaxMemory:
+		b.refuse(r, "the broker holds --max-memory bytes already")
+	case c.held+c.queue.size()+r.cost > b.MaxMemory/clientShare:
+		b.refuse(r, "the client holds its share of --max-memory already")
+	case s == nil:
+		b.refuse(r, "too many names wait for a service")
+	case s.idle.Len() == 0 && s.full(c, b.MaxQueue):
 		b.refuse(r, "the queue is full")
 	default:
-		b.enqueue(r, s.waiting.PushBack)
+		b.take(r)
 	}
-	b.dispatch(s)
+	if s != nil {
+		b.dispatch(s)
+	}
 }
 
-func (b *Broker) receiveWorker(identity []byte, m Message) {
-	w, known := b.workers[string(identity)]
-	if !known {
-		switch m.Kind {
-		case KindReady:
-			b.register(identity, m.Service)
-		case KindDisconnect:
-		default:
-			// It registered with an earlier run of this broker, or was taken for lost. DISCONNECT
-			// makes it register anew.
-			b.sendTo([][]byte{identity}, Message{Kind: KindDisconnect})
-		}
+// take accepts a request, which ends with end.
+func (b *Broker) take(r *brokerRequest) {
+	r.token = b.nextToken()
+	b.unfinished++
+	b.held += r.cost
+	r.client.unfinished++
+	r.client.held += r.cost
+	if !b.assign(r) {
+		b.enqueue(r, false)
+	}
+}
+
+// receiveReply takes a REPLY of a registered worker. Some workers leave out the empty frame behind
+// the address, so that a body begins there.
+func (b *Broker) receiveReply(w *brokerWorker, m Message, delimited bool) {
+	w.silence = 0
+	r := w.request
+	if r == nil || len(m.Client) == 0 || string(m.Client[0]) != string(r.token) {
+		b.disconnect(w, "a reply to a request that it was not given")
+		b.dispatch(w.service)
 		return
 	}
+	body := m.Body
+	if len(m.Client) > 1 {
+		body = m.Client[1:]
+		if delimited { // by an empty frame of the body
+			body = slices.Concat(body, [][]byte{nil}, m.Body)
+		}
+	}
+	b.count(w.service, repliesTotal, 1)
+	if ParseReply(body).Status != 0 {
+		b.count(w.service, failuresTotal, 1)
+	}
+	b.observe(w.service, serveSeconds, b.now.Sub(r.started))
+	if b.debug {
+		b.log.Debug("request done", "request", string(r.token), "service", logged(w.service.name), "took", b.now.Sub(r.started))
+	}
+	b.end(r)
+	b.deliver(r, body)
+	b.makeIdle(w)
+	b.dispatch(w.service)
+}
 
+// receiveWorker takes any other message of a registered worker.
+func (b *Broker) receiveWorker(w *brokerWorker, m Message) {
 	w.silence = 0
 	switch m.Kind {
 	case KindHeartbeat:
-		// The first one may have crossed the request on its way.
-		w.heardWhileBusy = w.heardWhileBusy || w.request != nil && w.busy > 1
-	case KindReply:
-		r := w.request
-		if r == nil || len(m.Client) != 1 || string(m.Client[0]) != string(r.token) {
-			b.disconnect(w, "a reply to a request that it was not given")
-			break
+		// One may have crossed the request on its way.
+		if w.heard++; w.heard > 1 && w.request != nil {
+			w.beatsWhileBusy = true
 		}
-		b.count(w.service, repliesTotal, 1)
-		if ParseReply(m.Body).Status != 0 {
-			b.count(w.service, failuresTotal, 1)
-		}
-		b.observe(w.service, serveSeconds, b.now.Sub(r.started))
-		if b.debug {
-			b.log.Debug("request done", "request", string(r.token), "service", w.service.name, "took", b.now.Sub(r.started))
-		}
-		b.finish(r, m.Body)
-		b.makeIdle(w)
 	case KindDisconnect:
-		b.log.Info("worker left", "worker", w.identity, "service", w.service.name, "why", "it sent DISCONNECT")
+		b.log.event(slog.LevelInfo, "worker left", "worker", logged(w.identity), "service", logged(w.service.name), "why", "it sent DISCONNECT")
 		// It has not begun its request, or it would have replied first.
 		if r := b.remove(w); r != nil {
-			b.requeue(r)
+			b.takeBack(r)
 		}
 	default:
 		b.disconnect(w, fmt.Sprintf("an unexpected %v", m.Kind))
@@ -211,16 +313,20 @@ func (b *Broker) receiveWorker(identity []byte, m Message) {
 	b.dispatch(w.service)
 }
 
-func (b *Broker) register(identity, name []byte) {
-	w := &brokerWorker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}}
+func (b *Broker) register(identity []byte, source int, name []byte) {
+	w := &brokerWorker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}, source: source,
+		beatsWhileBusy: bytes.HasPrefix(identity, []byte(workerPrefix))}
 	if isManagement(string(name)) {
-		b.warn("peer "+w.identity, "worker refused", "worker", w.identity, "service", string(name), "why", "the name is the broker's own")
-		b.sendTo(w.address, Message{Kind: KindDisconnect})
+		b.log.warn("peer "+w.identity, "worker refused", "worker", logged(w.identity), "service", logged(string(name)), "why", "the name is the broker's own")
+		b.sendTo(w.address, nil, Message{Kind: KindDisconnect})
 		return
 	}
-	b.log.Info("worker came", "worker", w.identity, "service", string(name))
+	b.log.event(slog.LevelInfo, "worker came", "worker", logged(w.identity), "service", logged(string(name)))
+	w.queue = b.outlet.newQueue()
 	w.service = b.service(name)
-	w.service.workers++
+	if w.service.workers++; w.service.workers == 1 {
+		b.unserved--
+	}
 	b.workers[w.identity] = w
 	b.makeIdle(w)
 	b.dispatch(w.service)
@@ -232,6 +338,7 @@ func (b *Broker) service(name []byte) *brokerService {
 	if !ok {
 		s = &brokerService{name: string(name)}
 		b.services[s.name] = s
+		b.unserved++
 	}
 	return s
 }
@@ -242,95 +349,79 @@ func (b *Broker) makeIdle(w *brokerWorker) {
 	w.idleElement = w.service.idle.PushBack(w)
 }
 
-// enqueue puts a request into the queues of its client and, with push, of its service.
-func (b *Broker) enqueue(r *brokerRequest, push func(any) *list.Element) {
-	r.queued = push(r)
-	identity := string(r.client[0])
-	own, ok := b.waiting[identity]
-	if !ok {
-		own = list.New()
-		b.waiting[identity] = own
-	}
-	r.owned = own.PushBack(r)
-}
-
-// requeue puts a request that a worker had ahead of the others.
-func (b *Broker) requeue(r *brokerRequest) {
-	if b.draining {
-		b.refuse(r, shuttingDown)
-		return
-	}
-	b.enqueue(r, r.service.waiting.PushFront)
-}
-
-func (b *Broker) dequeue(r *brokerRequest) {
-	r.service.waiting.Remove(r.queued)
-	identity := string(r.client[0])
-	own := b.waiting[identity]
-	own.Remove(r.owned)
-	if own.Len() == 0 {
-		delete(b.waiting, identity)
-	}
-	r.queued, r.owned = nil, nil
-}
-
 // assign gives a request to the next idle worker, and tells whether there was one.
 func (b *Broker) assign(r *brokerRequest) bool {
 	s := r.service
 	for s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*brokerWorker)
-		err := b.sendTo(w.address, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
+		err := b.sendTo(w.address, w.queue, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.loseWorker(w, err)
 			continue
 		}
 		b.observe(s, waitSeconds, b.now.Sub(r.arrived))
 		s.idle.Remove(w.idleElement)
-		w.request, w.idleElement, w.busy = r, nil, 0
+		w.request, w.idleElement, w.busy, w.heard = r, nil, 0, 0
 		r.started = b.now
 		if b.debug {
-			b.log.Debug("request given", "request", string(r.token), "service", s.name, "client", string(r.client[0]), "worker", w.identity)
+			b.log.Debug("request given", "request", string(r.token), "service", logged(s.name), "client", logged(r.client.identity), "worker", logged(w.identity))
 		}
 		return true
 	}
 	return false
 }
 
-// dispatch gives waiting requests of a service to its idle workers, and forgets a service that has
-// neither workers nor requests. It follows every event that changes either.
+// dispatch gives waiting requests of a service to its idle workers, a client after the other, and
+// forgets a service that has neither workers nor requests. It follows every event that changes either.
 func (b *Broker) dispatch(s *brokerService) {
-	for s.waiting.Len() > 0 {
-		r := s.waiting.Front().Value.(*brokerRequest)
+	for r := s.next(); r != nil; r = s.next() {
 		if !b.assign(r) {
 			return
 		}
-		b.dequeue(r)
+		b.dequeue(r, true)
 	}
-	if s.workers == 0 {
+	if s.workers == 0 && b.services[s.name] == s {
 		delete(b.services, s.name)
+		b.unserved--
+	}
+}
+
+// Disconnected is called when a connection of a peer broke.
+func (b *Broker) Disconnected(source int, now time.Time) {
+	b.now = now
+	identity, ok := b.sources[source]
+	if !ok {
+		return
+	}
+	delete(b.sources, source)
+	if c := b.clients[identity]; c != nil {
+		c.goneSince = now
+	}
+	if w := b.workers[identity]; w != nil && w.source == source {
+		w.gone = true
 	}
 }
 
 // Tick does what is due and returns the time of the next call.
 func (b *Broker) Tick(now time.Time) time.Time {
 	b.now = now
-	if now.Before(b.nextHeartbeat) {
+	if b.expiring {
+		b.expiring = b.expireQueues()
+	}
+	switch {
+	case b.expiring:
+		return now // for the rest of them, once messages have had their turn
+	case now.Before(b.nextHeartbeat):
 		return b.nextHeartbeat
 	}
 	b.nextHeartbeat = now.Add(b.Heartbeat)
 	for _, w := range b.workers {
 		b.heartbeat(w)
 	}
-	if b.QueueTTL > 0 {
-		for _, s := range b.services {
-			b.expire(s)
-		}
-	}
-	if !now.Before(b.warnAgain) {
-		clear(b.warned)
-		b.warnAgain = now.Add(time.Minute)
-	}
-	return b.nextHeartbeat
+	b.sweepClients()
+	b.log.tick(now)
+	b.expiring = b.QueueTTL > 0
+	return b.Tick(now)
 }
 
 // heartbeat sends a worker a heartbeat, and disconnects one that was silent for too many of them.
@@ -338,39 +429,56 @@ func (b *Broker) Tick(now time.Time) time.Time {
 // broker stood still.
 func (b *Broker) heartbeat(w *brokerWorker) {
 	w.busy++
-	if w.request == nil || w.heardWhileBusy {
+	if w.request == nil || w.beatsWhileBusy {
 		w.silence++
+	}
+	if w.silence > 1 {
+		// A heartbeat waits behind a long frame. Bytes that arrive are a sign of life as well.
+		if n := b.outlet.received(w.source); n != w.received {
+			w.received, w.silence = n, 1
+		}
 	}
 	if w.silence > b.Liveness {
 		b.disconnect(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
-	} else if err := b.sendTo(w.address, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
-		b.loseWorker(w, err) // One that does not read is not lost yet: its silence decides.
+	} else if err := b.sendTo(w.address, w.queue, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
+		// One that does not read is not lost yet: its silence decides. Of one that is gone, a reply or
+		// DISCONNECT may still have to be received.
+		if w.gone || w.request == nil {
+			b.loseWorker(w, err)
+		}
+		w.gone = true
 	}
 	b.dispatch(w.service)
 }
 
-// expire ends the requests that have waited too long for a worker of their service.
-func (b *Broker) expire(s *brokerService) {
-	for s.workers == 0 && s.waiting.Len() > 0 {
-		r := s.waiting.Front().Value.(*brokerRequest)
-		since := r.arrived
-		if s.unservedAt.After(since) {
-			since = s.unservedAt
+// expireQueues ends the requests that have waited too long for a worker of their service, up to a
+// number of them. It tells whether there may be more.
+func (b *Broker) expireQueues() (more bool) {
+	expired := 0
+	for _, s := range b.services {
+		if s.workers > 0 || b.now.Sub(s.unservedAt) < b.QueueTTL {
+			continue
 		}
-		if b.now.Sub(since) < b.QueueTTL {
-			break
+		for _, q := range s.queues {
+			for e := q.requests.Front(); e != nil && b.now.Sub(e.Value.(*brokerRequest).arrived) >= b.QueueTTL; e = q.requests.Front() {
+				if expired++; expired > maxExpired {
+					return true
+				}
+				r := e.Value.(*brokerRequest)
+				b.log.warn("expired "+s.name, "requests expired", "service", logged(s.name), "client", logged(r.client.identity))
+				b.count(s, expiredTotal, 1)
+				b.dequeue(r, false)
+				b.fail(r, exitUnavailable, fmt.Sprintf("no worker came within %v", b.QueueTTL))
+			}
 		}
-		b.warn("expired "+s.name, "requests expired", "service", s.name, "client", string(r.client[0]))
-		b.count(s, expiredTotal, 1)
-		b.dequeue(r)
-		b.fail(r, exitUnavailable, fmt.Sprintf("no worker came within %v", b.QueueTTL))
+		b.dispatch(s)
 	}
-	b.dispatch(s)
+	return false
 }
 
 // disconnect sends DISCONNECT to a worker that broke the protocol or fell silent, and gives it up.
 func (b *Broker) disconnect(w *brokerWorker, why string) {
-	b.sendTo(w.address, Message{Kind: KindDisconnect})
+	b.sendTo(w.address, w.queue, Message{Kind: KindDisconnect})
 	b.loseWorker(w, errors.New(why))
 }
 
@@ -382,25 +490,42 @@ func (b *Broker) loseWorker(w *brokerWorker, why error) {
 	if r != nil {
 		token = string(r.token)
 	}
-	b.log.Warn("worker lost", "worker", w.identity, "service", w.service.name, "request", token, "why", why)
+	b.log.event(slog.LevelWarn, "worker lost", "worker", logged(w.identity), "service", logged(w.service.name), "request", token, "why", why)
 	b.count(w.service, lostWorkersTotal, 1)
 	switch {
 	case r == nil:
-	case r.redelivered < b.Redeliver:
+	case r.redelivered < b.Redeliver && !b.draining:
 		r.redelivered++
 		b.count(r.service, redeliveredTotal, 1)
-		b.requeue(r)
+		b.enqueue(r, true)
 	default:
 		b.fail(r, exitUnavailable, "the worker was lost while it had the request; the command may have run")
+	}
+}
+
+// takeBack puts a request that a worker returned into the queue again, unless it comes back from
+// each worker.
+func (b *Broker) takeBack(r *brokerRequest) {
+	r.returned++
+	switch {
+	case b.draining:
+		b.end(r)
+		b.refuse(r, shuttingDown)
+	case r.returned >= maxReturns:
+		b.count(r.service, poisonedTotal, 1)
+		b.fail(r, exitUnavailable, fmt.Sprintf("%d workers returned the request", maxReturns))
+	default:
+		b.enqueue(r, r.returned <= frontReturns)
 	}
 }
 
 // remove forgets a worker and returns the request that it had, or nil.
 func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	delete(b.workers, w.identity)
-	w.service.workers--
-	if w.service.workers == 0 {
+	w.queue.close()
+	if w.service.workers--; w.service.workers == 0 {
 		w.service.unservedAt = b.now
+		b.unserved++
 	}
 	if w.idleElement != nil {
 		w.service.idle.Remove(w.idleElement)
@@ -410,25 +535,33 @@ func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 
 const shuttingDown = "the broker is shutting down"
 
-// refuse ends a request that its client may send again later.
+// refuse answers a request that was not taken, or was taken and has not begun. Its client may send it
+// again.
 func (b *Broker) refuse(r *brokerRequest, why string) {
-	b.warn("refused "+r.service.name, "requests refused", "service", r.service.name, "client", string(r.client[0]), "why", why)
+	b.log.warn("refused "+string(r.name), "requests refused", "service", logged(string(r.name)), "client", logged(r.client.identity), "why", why)
 	b.count(r.service, refusedTotal, 1)
-	b.fail(r, exitTemporary, why)
+	b.answer(r, exitTemporary, why)
 }
 
-// fail ends a request with a status reply of the broker itself.
+// fail ends a request that was taken.
 func (b *Broker) fail(r *brokerRequest, status int, why string) {
-	b.finish(r, Reply{Stderr: fmt.Appendf(nil, "bbroker: %s: %s\n", r.service.name, why), Status: status}.Body())
+	b.end(r)
+	b.answer(r, status, why)
 }
 
-// finish ends a request with a reply. A client that is gone or does not read loses it; nobody else
+// answer sends a status reply of the broker itself.
+func (b *Broker) answer(r *brokerRequest, status int, why string) {
+	b.deliver(r, Reply{Stderr: fmt.Appendf(nil, "bbroker: %s: %s\n", printable(string(r.name)), why), Status: status, FromBroker: true}.Body())
+}
+
+// deliver sends the reply to a request. A client that is gone or does not read loses it; nobody else
 // waits for that.
-func (b *Broker) finish(r *brokerRequest, body [][]byte) {
-	b.end(r)
-	if err := b.reply(r.client, r.name, body); err != nil {
+func (b *Broker) deliver(r *brokerRequest, body [][]byte) {
+	if err := b.reply(r.client, r.address, r.name, body); err != nil {
 		b.count(r.service, droppedRepliesTotal, 1)
-		b.log.Debug("reply dropped", "client", string(r.client[0]), "service", r.service.name, "why", err)
+		if b.debug {
+			b.log.Debug("reply dropped", "client", logged(r.client.identity), "service", logged(string(r.name)), "why", err)
+		}
 		return
 	}
 	b.count(r.service, replyBytes, uint64(sizeOf(body)))
@@ -437,27 +570,43 @@ func (b *Broker) finish(r *brokerRequest, body [][]byte) {
 // end releases a request that was taken.
 func (b *Broker) end(r *brokerRequest) {
 	b.unfinished--
-	b.held -= r.size()
+	b.held -= r.cost
+	r.client.unfinished--
+	r.client.held -= r.cost
 }
 
-func (b *Broker) reply(client [][]byte, service []byte, body [][]byte) error {
-	return b.sendTo(client, Message{Kind: KindClient, Service: service, Body: body})
+var errNotReading = errors.New("the client does not read its replies")
+
+// reply sends a reply, unless the client has too many that it has not read.
+func (b *Broker) reply(c *brokerClient, address [][]byte, service []byte, body [][]byte) error {
+	cost := costOf(address) + size(len(service)) + costOf(body)
+	queued := c.queue.size()
+	if queued+cost > b.MaxMemory/clientShare || b.held+b.outlet.queued()+cost > b.MaxMemory {
+		if queued > 0 || cost > smallReply {
+			return errNotReading
+		}
+	}
+	err := b.sendTo(address, c.queue, Message{Kind: KindClient, Service: service, Body: body})
+	if err != nil && err != errWouldBlock && c.goneSince.IsZero() {
+		c.goneSince = b.now
+	}
+	return err
 }
 
 // sendTo sends a message to a peer. An error means that the peer cannot be reached, or that it does
 // not read.
-func (b *Broker) sendTo(address [][]byte, m Message) error {
+func (b *Broker) sendTo(address [][]byte, queue peerQueue, m Message) error {
 	m.Address = address
-	return b.send(m.Frames())
+	return b.outlet.send(m.Frames(), queue)
 }
 
 // Drain refuses the requests that wait, and those that come from now on.
 func (b *Broker) Drain() {
 	b.draining = true
 	for _, s := range b.services {
-		for s.waiting.Len() > 0 {
-			r := s.waiting.Front().Value.(*brokerRequest)
-			b.dequeue(r)
+		for r := s.next(); r != nil; r = s.next() {
+			b.dequeue(r, true)
+			b.end(r)
 			b.refuse(r, shuttingDown)
 		}
 		b.dispatch(s)
@@ -472,27 +621,12 @@ func (b *Broker) Drained() bool { return b.unfinished == 0 }
 func (b *Broker) Stop() {
 	b.Drain()
 	for _, w := range b.workers {
-		b.sendTo(w.address, Message{Kind: KindDisconnect})
+		b.sendTo(w.address, w.queue, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {
-			b.refuse(r, shuttingDown+"; the command may have run")
+			b.fail(r, exitUnavailable, shuttingDown+"; the command may have run")
 		}
 		b.dispatch(w.service)
 	}
-}
-
-// warn logs what any peer can cause again and again: the same thing once a minute, and a hundred
-// different ones.
-func (b *Broker) warn(what, message string, attrs ...any) {
-	const limit = 100
-	if b.warned[what] || len(b.warned) > limit {
-		return
-	}
-	b.warned[what] = true
-	if len(b.warned) > limit {
-		b.log.Warn("too many different warnings, silent for up to a minute")
-		return
-	}
-	b.log.Warn(message, attrs...)
 }
 
 // nextToken returns the token of a new request. Tokens are printable, and differ from each other

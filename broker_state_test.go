@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -143,7 +144,7 @@ func TestProtocolBreakersAreDisconnectedAndTheirClientsTold(t *testing.T) {
 			r.from("C", "", "MDPC01", "echo")
 			r.expect(toWorker("W", "*"))
 			r.from(append([]string{"W"}, test.message...)...)
-			r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 69"})
+			r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
 			r.from("C", "", "MDPC01", "mmi.service", "echo")
 			r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
 		})
@@ -235,15 +236,37 @@ func TestWorkerThatCannotSendWhileBusyNeedOnlyBeReachable(t *testing.T) {
 }
 
 func TestWorkerThatCanSendWhileBusyMustGoOn(t *testing.T) {
+	for _, identity := range []string{"W", "bservice.host.1"} {
+		r := newFakeRouter(t)
+		r.from(identity, "", "MDPW01", "\x01", "echo")
+		r.from("C", "", "MDPC01", "echo")
+		if identity == "W" { // It has to show that it can.
+			r.from(identity, "", "MDPW01", "\x04")
+			r.pass(3)
+			r.from(identity, "", "MDPW01", "\x04")
+		}
+		r.pass(5)
+		r.sent = nil
+		r.pass(1)
+		r.expect(disconnectTo(identity), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
+	}
+}
+
+func TestBytesThatArriveAreASignOfLife(t *testing.T) {
 	r := newFakeRouter(t)
-	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.Receive(frames("bservice.1", "", "MDPW01", "\x01", "echo"), 7, r.clock)
 	r.from("C", "", "MDPC01", "echo")
-	r.pass(3)
-	r.from("W", "", "MDPW01", "\x04")
+	for range 20 { // A long reply is on its way.
+		r.pass(1)
+		r.bytes[7] += 1 << 20
+	}
+	r.from("C", "", "MDPC01", "mmi.service", "echo")
+	r.sent = r.sent[len(r.sent)-1:]
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "200"})
 	r.pass(5)
 	r.sent = nil
 	r.pass(1)
-	r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 69"})
+	r.expect(disconnectTo("bservice.1"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
 }
 
 func TestRequestPassesWorkersThatCannotBeReached(t *testing.T) {
@@ -274,8 +297,8 @@ func TestWorkerFoundGoneAtAHeartbeatIsForgotten(t *testing.T) {
 	r.from("C", "", "MDPC01", "busy")
 	r.expect(toWorker("W2", "*"))
 	r.failed["W1"], r.failed["W2"] = errGone, errGone
-	r.pass(1)
-	r.expect([]string{"C", "", "MDPC01", "busy", "", "*", "exit status 69"})
+	r.pass(2)
+	r.expect([]string{"C", "", "MDPC01", "busy", "", "*", "exit status 069"})
 	r.from("C", "", "MDPC01", "mmi.service", "idle")
 	r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
 }
@@ -331,8 +354,8 @@ func TestStopAnswersEveryRequestAndDisconnectsEveryWorker(t *testing.T) {
 	r.Stop()
 	slices.SortFunc(r.sent, slices.Compare)
 	r.expect(
-		[]string{"C1", "", "MDPC01", "busy", "", "*", "exit status 75"},
-		[]string{"C2", "", "MDPC01", "busy", "", "*", "exit status 75"},
+		[]string{"C1", "", "MDPC01", "busy", "", "*", "exit status 069"},
+		[]string{"C2", "", "MDPC01", "busy", "", "*", "exit status 075"},
 		disconnectTo("W1"), disconnectTo("W2"),
 	)
 }
@@ -344,7 +367,7 @@ func TestLostWorkersRequestIsRedeliveredAsOftenAsAllowed(t *testing.T) {
 	r.from("C", "", "MDPC01", "echo", "x")
 	token := r.expect(toWorker("W1", "*", "x"))[0]
 	r.failed["W1"] = errGone
-	r.pass(1)
+	r.pass(2)
 	r.expect()
 	r.from("W2", "", "MDPW01", "\x01", "echo")
 	r.expect(toWorker("W2", token, "x"))
@@ -352,8 +375,8 @@ func TestLostWorkersRequestIsRedeliveredAsOftenAsAllowed(t *testing.T) {
 	r.from("W1", "", "MDPW01", "\x03", token, "", "late")
 	r.expect(disconnectTo("W1"))
 	r.failed["W2"] = errGone
-	r.pass(1)
-	r.expect([]string{"C", "", "MDPC01", "echo", "", "*", "exit status 69"})
+	r.pass(2)
+	r.expect([]string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
 }
 
 func TestRequestExpiresWhenNoWorkerComes(t *testing.T) {
@@ -364,7 +387,7 @@ func TestRequestExpiresWhenNoWorkerComes(t *testing.T) {
 	r.pass(29)
 	r.expect()
 	r.pass(1)
-	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 69"})
+	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 069"})
 	r.from("W", "", "MDPW01", "\x01", "echo")
 	r.expect(toWorker("W", "*", "2"))
 }
@@ -378,8 +401,8 @@ func TestRequestDoesNotExpireWhileItsServiceIsServed(t *testing.T) {
 	r.pass(1000)
 	r.failed["W1"] = errGone
 	r.sent = nil
-	r.pass(1)
-	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 69"})
+	r.pass(2)
+	r.expect([]string{"C1", "", "MDPC01", "echo", "", "*", "exit status 069"})
 	r.pass(59) // since the last worker was lost
 	r.from("W2", "", "MDPW01", "\x01", "echo")
 	r.expect(toWorker("W2", "*", "2"))
@@ -396,31 +419,283 @@ func TestRequestsWaitForEverWithoutAQueueTTL(t *testing.T) {
 func TestFullQueueRefuses(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W", "", "MDPW01", "\x01", "echo")
-	for range 11 { // one in flight, ten in the queue
+	for range 11 { // one with the worker, ten in the queue
 		r.from("C", "", "MDPC01", "echo")
 	}
 	r.expect(toWorker("W", "*"))
-	r.from("D", "", "MDPC01", "echo")
-	r.from("D", "", "MDPC01", "echo")
-	refusal := []string{"D", "", "MDPC01", "echo", "", "bbroker: echo: the queue is full\n", "exit status 75"}
+	r.from("C", "", "MDPC01", "echo")
+	r.from("C", "", "MDPC01", "echo")
+	refusal := []string{"C", "", "MDPC01", "echo", "", "bbroker: echo: the queue is full\n", "exit status 075"}
 	r.expect(refusal, refusal)
-	r.from("D", "", "MDPC01", "other")
+	r.from("C", "", "MDPC01", "other")
 	r.expect()
 	r.expectLog(1, "requests refused", "service=echo", "the queue is full")
 }
 
+func TestClientThatFillsTheQueueLeavesRoomForOthers(t *testing.T) {
+	r := newFakeRouter(t)
+	for range 11 {
+		r.from("C", "", "MDPC01", "echo")
+	}
+	r.sent = nil
+	for range 5 { // of ten, a half
+		r.from("D", "", "MDPC01", "echo", "d")
+	}
+	r.expect()
+	r.from("D", "", "MDPC01", "echo")
+	r.expect([]string{"D", "", "MDPC01", "echo", "", "*", "exit status 075"})
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("W", "*"))
+}
+
+func TestClientsOfAServiceAreServedInTurnEachInItsOrder(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxQueue = 1000
+	for i := range 100 {
+		r.from("greedy", "", "MDPC01", "echo", fmt.Sprint("greedy ", i))
+	}
+	r.from("A", "", "MDPC01", "echo", "A 0")
+	r.from("A", "", "MDPC01", "echo", "A 1")
+	r.from("B", "", "MDPC01", "echo", "B 0")
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	var order []string
+	for range 7 {
+		request := r.sent[len(r.sent)-1]
+		order = append(order, request[6])
+		r.from("W", "", "MDPW01", "\x03", request[4], "")
+	}
+	if want := []string{"greedy 0", "A 0", "B 0", "greedy 1", "A 1", "greedy 2", "greedy 3"}; !slices.Equal(order, want) {
+		t.Errorf("the requests were served in the order %q, want %q", order, want)
+	}
+}
+
+func TestWaitingRequestsOfAClientThatIsGoneAreDropped(t *testing.T) {
+	r := newFakeRouter(t)
+	r.Receive(frames("gone", "", "MDPC01", "echo", "gone"), 7, r.clock)
+	r.Receive(frames("back", "", "MDPC01", "echo", "back"), 8, r.clock)
+	r.Receive(frames("there", "", "MDPC01", "echo", "there"), 9, r.clock)
+	r.Disconnected(7, r.clock)
+	r.Disconnected(8, r.clock)
+	r.pass(4)
+	r.Receive(frames("back", "", "MDPC01", "mmi.service", "echo"), 10, r.clock) // over a new connection
+	r.sent = nil
+	r.pass(1)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	token := r.expect(toWorker("W", "*", "back"))[0]
+	r.from("W", "", "MDPW01", "\x03", token, "")
+	r.expect([]string{"back", "", "MDPC01", "echo"}, toWorker("W", "*", "there"))
+	if r.total.counts[abandonedTotal] != 1 {
+		t.Errorf("%d requests were abandoned, want 1", r.total.counts[abandonedTotal])
+	}
+}
+
+func TestWorkerWhoseConnectionBrokeIsLostAtTheNextHeartbeat(t *testing.T) {
+	r := newFakeRouter(t)
+	r.Receive(frames("W", "", "MDPW01", "\x01", "echo"), 7, r.clock)
+	r.from("C", "", "MDPC01", "echo")
+	r.sent = nil
+	r.failed["W"] = errGone
+	r.Disconnected(7, r.clock)
+	r.pass(1)
+	r.expect([]string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
+}
+
+func TestLastMessagesOfAWorkerThatIsGoneCount(t *testing.T) {
+	for _, last := range []string{"reply", "DISCONNECT"} {
+		r := newFakeRouter(t)
+		r.Receive(frames("W", "", "MDPW01", "\x01", "echo"), 7, r.clock)
+		r.from("C", "", "MDPC01", "echo", "x")
+		token := r.expect(toWorker("W", "*", "x"))[0]
+		r.failed["W"] = errGone
+		r.pass(1)
+		r.Disconnected(7, r.clock)
+		if last == "reply" {
+			r.from("W", "", "MDPW01", "\x03", token, "", "done")
+			r.expect([]string{"C", "", "MDPC01", "echo", "done"})
+		} else {
+			r.from("W", "", "MDPW01", "\x05")
+			r.from("V", "", "MDPW01", "\x01", "echo")
+			r.expect(toWorker("V", token, "x"))
+		}
+	}
+}
+
+func TestDescriptorThatIsUsedAgainIsNotTakenForTheOldConnection(t *testing.T) {
+	r := newFakeRouter(t)
+	r.Receive(frames("A", "", "MDPC01", "echo"), 7, r.clock)
+	if !r.Knows(7, []byte("A")) || r.Knows(7, []byte("B")) {
+		t.Error("the broker does not know whose connection 7 is")
+	}
+	r.Disconnected(7, r.clock)
+	r.Receive(frames("B", "", "MDPC01", "echo", "b"), 7, r.clock)
+	r.pass(6)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("W", "*", "b"))
+}
+
 func TestBrokerHoldsNoMoreBytesThanItMay(t *testing.T) {
 	r := newFakeRouter(t)
-	half := strings.Repeat("x", 1<<19-len("Ca"))
+	almostHalf := strings.Repeat("x", 1<<19-1000) // The rest is what a request costs.
 	r.from("W", "", "MDPW01", "\x01", "a")
-	r.from("C", "", "MDPC01", "a", half)
-	r.from("C", half, "", "MDPC01", "b") // the address counts, too
-	token := r.expect(toWorker("W", "*", half))[0]
-	r.from("D", "", "MDPC01", "c", "x")
-	r.expect([]string{"D", "", "MDPC01", "c", "", "*", "exit status 75"})
+	r.from("C", "", "MDPC01", "a", almostHalf)
+	token := r.expect(toWorker("W", "*", almostHalf))[0]
+	r.from("D", almostHalf, "", "MDPC01", "b") // The address is held, too.
+	r.from("E", "", "MDPC01", "c", strings.Repeat("x", 1000))
+	r.expect([]string{"E", "", "MDPC01", "c", "", "bbroker: c: the broker holds --max-memory bytes already\n", "exit status 075"})
 	r.from("W", "", "MDPW01", "\x03", token, "", "done")
-	r.from("D", "", "MDPC01", "c", "x")
+	r.from("E", "", "MDPC01", "c", strings.Repeat("x", 1000))
 	r.expect([]string{"C", "", "MDPC01", "a", "done"})
+}
+
+func TestClientHoldsNoMoreThanItsShare(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("C", "", "MDPC01", "a", strings.Repeat("x", 1<<18))
+	r.expect()
+	r.from("C", "", "MDPC01", "b", strings.Repeat("x", 1<<18))
+	r.expect([]string{"C", "", "MDPC01", "b", "", "bbroker: b: the client holds its share of --max-memory already\n", "exit status 075"})
+	r.from("D", "", "MDPC01", "b", strings.Repeat("x", 1<<18))
+	r.expect()
+}
+
+func TestFramesAndSmallRequestsCostWhatHoldingThemTakes(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxQueue = 1 << 20
+	taken := func(client string, body ...string) (n int) {
+		for r.sent = nil; len(r.sent) == 0; n++ {
+			r.from(append([]string{client, "", "MDPC01", "a"}, body...)...)
+		}
+		return n - 1
+	}
+	if n := taken("C"); n > 1<<19/requestCost || n < 1<<19/requestCost/2 {
+		t.Errorf("%d requests without a body are half of %d bytes", n, r.MaxMemory)
+	}
+	r.sent = nil
+	r.from("C", "", "MDPC01", "mmi.cancel")
+	if n := taken("C", make([]string, 1000)...); n > 1<<19/1000/frameCost {
+		t.Errorf("%d requests with 1000 empty frames each are half of %d bytes", n, r.MaxMemory)
+	}
+}
+
+func TestClientThatDoesNotReadLosesItsRepliesAndOthersDoNot(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	serve := func(client string) {
+		r.from(client, "", "MDPC01", "echo")
+		token := r.expect(toWorker("W", "*"))[0]
+		r.from("W", "", "MDPW01", "\x03", token, "", strings.Repeat("x", 10_000))
+	}
+	serve("C")
+	r.sent = nil
+	r.queues["C"].bytes = 1<<19 - 100
+	r.from("C", "", "MDPC01", "mmi.metrics")
+	r.expect()
+	r.from("C", "", "MDPC01", "echo")
+	r.expect() // It would not read the refusal either.
+	serve("D")
+	r.expect([]string{"D", "", "MDPC01", "echo", strings.Repeat("x", 10_000)})
+	if dropped := r.total.counts[droppedRepliesTotal]; dropped != 1 {
+		t.Errorf("%d replies were dropped, want 1", dropped)
+	}
+	r.queues["C"].bytes = 0
+	serve("C")
+	r.expect([]string{"C", "", "MDPC01", "echo", strings.Repeat("x", 10_000)})
+}
+
+func TestSmallRepliesReachThoseWhoReadEvenIfMemoryIsFull(t *testing.T) {
+	r := newFakeRouter(t)
+	for _, identity := range []string{"deaf 1", "deaf 2"} {
+		r.from(identity, "", "MDPC01", "mmi.service", "x")
+		r.queues[identity].bytes = 1 << 19
+	}
+	r.sent = nil
+	r.from("C", "", "MDPC01", "mmi.service", "x")
+	r.from("C", "", "MDPC01", "echo")
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"}, []string{"C", "", "MDPC01", "echo", "", "*", "exit status 075"})
+}
+
+func TestOnlySoManyNamesWaitForAService(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxMemory = 1 << 30
+	for i := range maxUnserved {
+		r.from("C", "", "MDPC01", fmt.Sprint("name ", i))
+	}
+	r.expect()
+	r.from("C", "", "MDPC01", "one more")
+	r.expect([]string{"C", "", "MDPC01", "one more", "", "bbroker: one more: too many names wait for a service\n", "exit status 075"})
+	r.from("C", "", "MDPC01", "name 0")
+	r.expect()
+	r.from("W", "", "MDPW01", "\x01", "served")
+	r.from("C", "", "MDPC01", "served")
+	r.expect(toWorker("W", "*"))
+}
+
+func TestRequestOfTooManyFramesIsRefused(t *testing.T) {
+	r := newFakeRouter(t)
+	message := append(frames("C", "", "MDPC01", "echo"), make([][]byte, maxFrames)...)
+	r.Receive(message[:maxFrames+1], -1, r.clock)
+	r.expect([]string{"C", "", "MDPC01", "echo", "", "bbroker: echo: the request has more than 262144 arguments\n", "exit status 064"})
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo")
+	token := r.expect(toWorker("W", "*"))[0]
+	message = append(frames("W", "", "MDPW01", "\x03", token, ""), make([][]byte, maxFrames)...)
+	r.Receive(message[:maxFrames+1], -1, r.clock)
+	r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
+}
+
+func TestRequestThatWorkersReturnAgainAndAgainFails(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("C", "", "MDPC01", "echo", "poison")
+	r.from("D", "", "MDPC01", "echo", "fine")
+	served := []string{}
+	for range maxReturns + 1 {
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		body := r.sent[len(r.sent)-1][6]
+		served = append(served, body)
+		if body == "fine" {
+			r.from("W", "", "MDPW01", "\x03", r.sent[len(r.sent)-1][4], "")
+		}
+		r.from("W", "", "MDPW01", "\x05")
+	}
+	// Ahead of the others at first, and then behind them.
+	if want := []string{"poison", "poison", "poison", "poison", "fine"}; !slices.Equal(served[:5], want) {
+		t.Errorf("the requests were served in the order %q, want %q first", served, want)
+	}
+	if last := r.sent[len(r.sent)-1]; last[0] != "C" || last[5] != "bbroker: echo: 10 workers returned the request\n" || last[6] != "exit status 069" {
+		t.Errorf("the last message is %q", last)
+	}
+	if r.total.counts[poisonedTotal] != 1 {
+		t.Errorf("%d requests were poisoned, want 1", r.total.counts[poisonedTotal])
+	}
+}
+
+func TestReplyWithoutAnEmptyFrameIsTaken(t *testing.T) {
+	for _, test := range []struct{ body, want []string }{
+		{[]string{"a"}, []string{"a"}},
+		{[]string{"a", "b"}, []string{"a", "b"}},
+		{[]string{"a", "", "b"}, []string{"a", "", "b"}},
+		{nil, nil},
+	} {
+		r := newFakeRouter(t)
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		r.from("C", "", "MDPC01", "echo")
+		token := r.expect(toWorker("W", "*"))[0]
+		r.from(append([]string{"W", "", "MDPW01", "\x03", token}, test.body...)...)
+		r.expect(append([]string{"C", "", "MDPC01", "echo"}, test.want...))
+	}
+}
+
+func TestRegisteredWorkerThatSendsABadMessageIsDisconnected(t *testing.T) {
+	for _, message := range [][]string{
+		{""}, {"hello"}, {"", "MDPW01"}, {"", "MDPW01", "\x09"}, {"", "MDPW01", "\x01\x01", "echo"}, {"", "MDPW01", "\x03"},
+		{"", "MDPW01", "\x03", "body only"}, {"deep", "", "MDPW01", "\x04"}, {"", "MDPC01"},
+	} {
+		r := newFakeRouter(t)
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		r.from("C", "", "MDPC01", "echo")
+		r.expect(toWorker("W", "*"))
+		r.from(append([]string{"W"}, message...)...)
+		r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
+	}
 }
 
 func TestCancelDropsTheWaitingRequestsOfItsClientOnly(t *testing.T) {
@@ -458,9 +733,9 @@ func TestDrainingBrokerRefusesNewRequestsAndAwaitsReplies(t *testing.T) {
 	r.from("C2", "", "MDPC01", "echo", "waiting")
 	token := r.expect(toWorker("W", "*", "in flight"))[0]
 	r.Drain()
-	r.expect([]string{"C2", "", "MDPC01", "echo", "", "*", "exit status 75"})
+	r.expect([]string{"C2", "", "MDPC01", "echo", "", "*", "exit status 075"})
 	r.from("C3", "", "MDPC01", "echo", "new")
-	r.expect([]string{"C3", "", "MDPC01", "echo", "", "*", "exit status 75"})
+	r.expect([]string{"C3", "", "MDPC01", "echo", "", "*", "exit status 075"})
 	if r.Drained() {
 		t.Error("the broker is drained with a request in flight")
 	}
@@ -481,7 +756,7 @@ func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 		r.from("other", "", "MDPX01", "echo")
 		r.from("proxy", "deep", "", "MDPW01", "\x01", "echo")
 	}
-	r.Receive(nil, r.clock)
+	r.Receive(nil, -1, r.clock)
 	r.expect()
 	r.expectLog(1, "bad message", "peer=stranger")
 	r.expectLog(1, "bad message", "peer=other", "no MDPC01 or MDPW01")
@@ -497,13 +772,56 @@ func TestStrangersCannotFillTheListOfThoseThatWereLogged(t *testing.T) {
 	for i := range 5000 {
 		r.from(fmt.Sprint("stranger", i))
 	}
-	if len(r.warned) > 101 || strings.Count(r.log.String(), "\n") > 101 {
-		t.Errorf("the broker remembers %d strangers", len(r.warned))
+	if len(r.Broker.log.warned) > 101 || strings.Count(r.log.String(), "\n") > 101 {
+		t.Errorf("the broker remembers %d strangers", len(r.Broker.log.warned))
 	}
-	r.expectLog(1, "too many different warnings")
 	r.pass(61)
+	r.expectLog(1, "too many messages to log", "dropped=4900")
 	r.from("stranger")
 	r.expectLog(1, "bad message", "peer=stranger ")
+}
+
+func TestPeersCannotFillTheLog(t *testing.T) {
+	r := newFakeRouter(t)
+	for range 10_000 {
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		r.from("W", "", "MDPW01", "\x05")
+	}
+	if lines := strings.Count(r.log.String(), "\n"); lines > maxEvents {
+		t.Errorf("the log has %d lines", lines)
+	}
+	r.pass(61)
+	r.expectLog(1, "too many messages to log", "dropped=19000")
+}
+
+func TestNamesInTheLogAreCutOff(t *testing.T) {
+	r := newFakeRouter(t)
+	name := strings.Repeat("n", maxName)
+	r.from("W", "", "MDPW01", "\x01", name)
+	r.from(name, "", "MDPC01", name)
+	r.pass(6)
+	for line := range strings.Lines(r.log.String()) {
+		if strings.Contains(line, name) {
+			t.Errorf("the log has a long name: %s", line)
+		}
+	}
+	r.expectLog(1, "worker came", "service="+name[:100]+"...")
+}
+
+func TestManyRequestsExpireALimitedNumberAtATime(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxQueue, r.MaxMemory = 10_000, 1<<30
+	for range maxExpired + 10 {
+		r.from("C", "", "MDPC01", "echo")
+	}
+	r.clock = r.clock.Add(time.Minute)
+	if next := r.Tick(r.clock); len(r.sent) != maxExpired || !next.Equal(r.clock) {
+		t.Errorf("%d requests expired, and the next tick is due at %v", len(r.sent), next)
+	}
+	r.sent = nil
+	if next := r.Tick(r.clock); len(r.sent) != 10 || !next.After(r.clock) {
+		t.Errorf("%d more requests expired, and the next tick is due at %v", len(r.sent), next)
+	}
 }
 
 // FuzzBroker lets several peers send any message, become unreachable and fall silent. After each
@@ -516,8 +834,8 @@ func FuzzBroker(f *testing.F) {
 		b := &brokerWorld{fakeRouter: newFakeRouter(t), held: map[string]string{}, ended: map[string]int{}}
 		b.Redeliver = 1
 		b.MaxQueue = 3
-		b.MaxMemory = 200
-		b.send = b.record
+		b.MaxMemory = 4000
+		b.fakeRouter.record = b.recordMessage
 		for ; len(steps) >= 2; steps = steps[2:] {
 			b.step(steps[0], steps[1])
 			b.check()
@@ -527,7 +845,9 @@ func FuzzBroker(f *testing.F) {
 		if b.unfinished != 0 {
 			t.Errorf("%d requests were not answered", b.unfinished)
 		}
-		if ended := uint64(len(b.ended)) + b.total.counts[cancelledTotal]; ended != b.total.counts[requestsTotal] {
+		counts := b.total.counts
+		unsent := counts[droppedRepliesTotal] - b.undelivered // to clients that do not read
+		if ended := uint64(len(b.ended)) + unsent + counts[cancelledTotal] + counts[abandonedTotal]; ended != counts[requestsTotal] {
 			t.Errorf("%d requests were received, but %d ended", b.total.counts[requestsTotal], ended)
 		}
 	})
@@ -539,11 +859,16 @@ type brokerWorld struct {
 	held  map[string]string // the token of the last request, by worker
 	ended map[string]int    // how many replies were sent, delivered or not, by request
 	count int               // steps so far
+
+	undelivered uint64 // replies to requests
 }
 
-// record stands for the socket of the broker. A number in the address identifies each request.
-func (b *brokerWorld) record(frames [][]byte) error {
+// recordMessage stands for the socket of the broker. A number in the address identifies each request.
+func (b *brokerWorld) recordMessage(frames [][]byte) error {
 	message := spell(frames)
+	if q := b.queues[message[0]]; q != nil && b.failed[message[0]] == nil {
+		q.bytes += costOf(frames)
+	}
 	switch {
 	case message[2] == "MDPW01" && message[3] == "\x02":
 		if b.failed[message[0]] == nil {
@@ -554,6 +879,9 @@ func (b *brokerWorld) record(frames [][]byte) error {
 		if b.ended[message[1]] > 1 {
 			b.t.Fatalf("request %s ended twice", message[1])
 		}
+		if b.failed[message[0]] != nil {
+			b.undelivered++
+		}
 	}
 	return b.failed[message[0]]
 }
@@ -563,11 +891,15 @@ func (b *brokerWorld) step(what, who byte) {
 	client := fmt.Sprintf("C%d", who%3)
 	service := fmt.Sprintf("s%d", who>>4%3)
 	b.count++
-	switch what % 12 {
+	switch what % 14 {
 	case 0:
 		b.from(worker, "", "MDPW01", "\x01", service)
 	case 1, 10:
-		b.from(client, fmt.Sprint("#", b.count), "", "MDPC01", service, strings.Repeat("x", int(who)))
+		source := int(who % 3)
+		if !b.Knows(source, []byte(client)) {
+			b.Disconnected(source, b.clock)
+		}
+		b.Receive(frames(client, fmt.Sprint("#", b.count), "", "MDPC01", service, strings.Repeat("x", int(who))), source, b.clock)
 	case 2, 11:
 		b.from(worker, "", "MDPW01", "\x03", b.held[worker], "", "done")
 	case 3:
@@ -585,9 +917,19 @@ func (b *brokerWorld) step(what, who byte) {
 		b.Tick(b.clock)
 	case 8:
 		b.from(client, "", "MDPC01", "mmi.cancel")
+	case 12: // It reads what it was sent.
+		for _, peer := range []string{worker, client} {
+			if q := b.queues[peer]; q != nil {
+				q.bytes = 0
+			}
+		}
+	case 13:
+		b.Disconnected(int(who%3), b.clock)
 	case 9:
 		bad := [][]string{{""}, {"", "MDPC01"}, {"", "MDPC01", ""}, {"", "MDPW01", "\x09"}, {"MDPW01", "\x05"},
-			{"", "MDPC01", "mmi.metrics"}, {"", "MDPC01", "mmi.services"}, {"", "MDPW01", "\x02", "", "x"}}
+			{"", "MDPC01", "mmi.metrics"}, {"", "MDPC01", "mmi.services"}, {"", "MDPW01", "\x02", "", "x"},
+			{"", "MDPW01", "\x03"}, {"", "MDPW01", "\x03", b.held[worker], "no delimiter"}, {"", "MDPW01", "\x01\x01"},
+			{"", "MDPC01", strings.Repeat("n", maxName+1)}, append(slices.Repeat([]string{"a"}, maxAddress), "", "MDPC01", "s0")}
 		b.from(append([]string{worker}, bad[int(who>>2)%len(bad)]...)...)
 	}
 }
@@ -597,7 +939,7 @@ func (b *brokerWorld) check() {
 	b.t.Helper()
 	waiting := map[*brokerRequest]bool{}
 	workers := map[*brokerService]int{}
-	bytes := size(0)
+	unserved := 0
 	for _, w := range b.workers {
 		workers[w.service]++
 		if (w.request == nil) != (w.idleElement != nil) {
@@ -608,55 +950,91 @@ func (b *brokerWorld) check() {
 		}
 	}
 	for name, s := range b.services {
-		if s.workers == 0 && s.waiting.Len() == 0 {
+		if s.workers == 0 && s.waiting == 0 {
 			b.t.Fatalf("service %s has neither workers nor requests", name)
 		}
 		if s.workers != workers[s] {
 			b.t.Fatalf("service %s has %d workers, but counts %d", name, workers[s], s.workers)
 		}
-		if s.idle.Len() > 0 && s.waiting.Len() > 0 {
+		if s.idle.Len() > 0 && s.waiting > 0 {
 			b.t.Fatalf("service %s has idle workers and waiting requests", name)
 		}
-		for e := s.waiting.Front(); e != nil; e = e.Next() {
-			r := e.Value.(*brokerRequest)
-			if r.queued != e || waiting[r] {
-				b.t.Fatalf("request %q is queued twice or has the wrong element", r.client)
+		if s.workers == 0 {
+			unserved++
+		}
+		if s.turns.Len() != len(s.queues) {
+			b.t.Fatalf("service %s has %d queues and %d turns", name, len(s.queues), s.turns.Len())
+		}
+		queued := 0
+		for c, q := range s.queues {
+			if q.requests.Len() == 0 || q.client != c {
+				b.t.Fatalf("service %s has an empty queue, or that of another client", name)
 			}
-			waiting[r] = true
-			bytes += r.size()
+			queued += q.requests.Len()
+			for e := q.requests.Front(); e != nil; e = e.Next() {
+				r := e.Value.(*brokerRequest)
+				if r.inQueue != e || r.client != c || r.service != s || waiting[r] {
+					b.t.Fatalf("request %q is queued twice or in the wrong place", r.address)
+				}
+				waiting[r] = true
+			}
+		}
+		if queued != s.waiting {
+			b.t.Fatalf("service %s counts %d waiting requests, but has %d", name, s.waiting, queued)
 		}
 	}
-	open := len(waiting)
+	if b.unserved != unserved {
+		b.t.Fatalf("the broker counts %d services without workers, but has %d", b.unserved, unserved)
+	}
+	all := maps.Clone(waiting)
 	for _, w := range b.workers {
 		if r := w.request; r != nil {
-			if waiting[r] || r.queued != nil {
-				b.t.Fatalf("request %q is both waiting and in flight", r.client)
+			if waiting[r] || r.inQueue != nil {
+				b.t.Fatalf("request %q is both waiting and in flight", r.address)
 			}
-			open++
-			bytes += r.size()
+			all[r] = true
 		}
 	}
-	if b.unfinished != open || b.Broker.held != bytes {
-		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d", b.unfinished, b.Broker.held, open, bytes)
-	}
-	owned := 0
-	for client, own := range b.Broker.waiting {
-		if own.Len() == 0 {
-			b.t.Fatalf("client %s has no waiting requests", client)
+	held := map[*brokerClient]size{}
+	total, addressed := size(0), 0
+	for r := range all {
+		held[r.client] += r.cost
+		total += r.cost
+		if number := string(r.address[1]); b.ended[number] > 0 {
+			b.t.Fatalf("request %s ended, but is still there", number)
 		}
-		owned += own.Len()
 	}
-	if owned != len(waiting) {
-		b.t.Fatalf("%d requests wait, but clients own %d", len(waiting), owned)
-	}
-	for number := range b.ended {
-		for r := range waiting {
-			if string(r.client[1]) == number {
-				b.t.Fatalf("request %s ended, but still waits", number)
+	for _, c := range b.clients {
+		if c.held != held[c] {
+			b.t.Fatalf("client %s counts %d bytes, but holds %d", c.identity, c.held, held[c])
+		}
+		if c.held > b.MaxMemory/clientShare {
+			b.t.Fatalf("client %s holds %d bytes, more than its share", c.identity, c.held)
+		}
+		for _, r := range c.waiting.all(nil) {
+			addressed++
+			if !waiting[r] || r.client != c {
+				b.t.Fatalf("request %q has an address, but does not wait", r.address)
 			}
 		}
+	}
+	if b.unfinished != len(all) || b.Broker.held != total || addressed != len(waiting) {
+		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d; %d have an address, and %d wait",
+			b.unfinished, b.Broker.held, len(all), total, addressed, len(waiting))
+	}
+	// Heartbeats and small replies go out however much is held.
+	if total > b.MaxMemory {
+		b.t.Fatalf("the broker holds %d bytes", total)
 	}
 }
+
+// discard is an outlet that passes messages to a function, and knows nothing of its peers.
+type discard func(frames [][]byte) error
+
+func (d discard) send(frames [][]byte, _ peerQueue) error { return d(frames) }
+func (discard) newQueue() peerQueue                       { return &fakeQueue{} }
+func (discard) queued() size                              { return 0 }
+func (discard) received(int) uint64                       { return 0 }
 
 // BenchmarkDispatch measures a request and its reply in the state machine, without a socket. The
 // cost must not grow with the number of services, workers and waiting requests.
@@ -669,28 +1047,28 @@ func BenchmarkDispatch(b *testing.B) {
 			var worker, token []byte
 			flags := testFlags
 			flags.MaxQueue, flags.MaxMemory = 1<<30, 1<<40
-			broker := NewBroker(flags, now, func(frames [][]byte) error {
+			broker := NewBroker(flags, now, discard(func(frames [][]byte) error {
 				if len(frames) > 5 && string(frames[2]) == workerProtocol {
 					worker, token = frames[0], frames[4]
 				}
 				return nil
-			}, slog.New(slog.DiscardHandler))
+			}), slog.New(slog.DiscardHandler))
 			for i := range load.services - 1 {
-				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), now)
+				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), -1, now)
 			}
 			for i := range load.workers {
-				broker.Receive(frames(fmt.Sprint("W", i), "", "MDPW01", "\x01", "echo"), now)
+				broker.Receive(frames(fmt.Sprint("W", i), "", "MDPW01", "\x01", "echo"), -1, now)
 			}
 			for i := range load.waiting {
-				broker.Receive(frames(fmt.Sprint("C", i), "", "MDPC01", "later", "hello"), now)
+				broker.Receive(frames(fmt.Sprint("C", i), "", "MDPC01", "later", "hello"), -1, now)
 			}
 			request := frames("C", "", "MDPC01", "echo", "hello")
 			reply := frames("", "", "MDPW01", "\x03", "", "", "hello")
 			b.ReportAllocs()
 			for b.Loop() {
-				broker.Receive(request, now)
+				broker.Receive(request, -1, now)
 				reply[0], reply[4] = worker, token
-				broker.Receive(reply, now)
+				broker.Receive(reply, -1, now)
 			}
 			if replies := broker.total.counts[repliesTotal]; replies != uint64(b.N) {
 				b.Fatalf("%d replies to %d requests", replies, b.N)

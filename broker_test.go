@@ -82,7 +82,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer router.Close()
-	broker := NewBroker(testFlags, time.Now(), router.send, slog.New(slog.DiscardHandler))
+	broker := NewBroker(testFlags, time.Now(), routerOutlet{router}, slog.New(slog.DiscardHandler))
 	waiter := newPollWaiter()
 	receive := func(n int) {
 		end := time.Now().Add(10 * time.Second)
@@ -95,7 +95,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 				waiter.Wait(router, end)
 				continue
 			}
-			broker.Receive(message, time.Now())
+			broker.Receive(message, -1, time.Now())
 			i++
 		}
 	}

@@ -128,7 +128,6 @@ func (t *requestTool) check() error {
 func (t *requestTool) client(endpoint string) (client *Client, restore func()) {
 	stop, interrupt := context.WithCancelCause(context.Background())
 	restore = onSignals(func(s os.Signal) { interrupt(signalled(s)) })
-	context.AfterFunc(stop, restore)
 	return NewClient(stop, endpoint), restore
 }
 

@@ -188,7 +188,7 @@ func TestClientRefusesWhatIsNoReply(t *testing.T) {
 				return append(request[:1:1], test.reply...)
 			})
 			if reply, err := client.Send("echo", nil, 10*time.Second); !errors.Is(err, errProtocol) {
-				t.Errorf("got %q, %v", reply, err)
+				t.Errorf("got %q, %v", spell(reply.Body()), err)
 			}
 		})
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -59,8 +60,11 @@ func misuse(hint, format string, args ...any) error {
 
 // signalled returns the failure of a tool that was ended by a signal.
 func signalled(s os.Signal) *failure {
-	number := s.(syscall.Signal)
-	return &failure{status: exitSignal + int(number), signal: number}
+	f := &failure{status: exitSignal + int(s.(syscall.Signal))}
+	if s != syscall.SIGQUIT { // by which Go would print its goroutines
+		f.signal = s.(syscall.Signal)
+	}
+	return f
 }
 
 // outputFailure returns the failure of writing to standard output, or nil. When the reader has
@@ -120,6 +124,75 @@ func (c console) report(err error) *failure {
 	return f
 }
 
+// A logWriter writes to a file from a goroutine of its own, so that a reader of the file that is slow
+// or gone does not hold up those who log. It drops what its buffer has no room for, and says so.
+type logWriter struct {
+	mu      sync.Mutex
+	filled  sync.Cond // buffer is not empty, or the writer is closed
+	buffer  []byte
+	dropped int // writes since the buffer was full
+	closed  bool
+	done    chan struct{} // closed when everything was written
+}
+
+const logBuffer = 1 << 20 // bytes
+
+func newLogWriter(file *os.File) *logWriter {
+	w := &logWriter{done: make(chan struct{})}
+	w.filled.L = &w.mu
+	// A write to a closed pipe fails then, and does not end the process. Commands do not inherit
+	// this, as they would inherit a signal that is ignored.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	go func() {
+		defer close(w.done)
+		for text := w.next(); text != nil; text = w.next() {
+			file.Write(text)
+		}
+	}()
+	return w
+}
+
+// next waits for text to write. It returns nil when the writer was closed.
+func (w *logWriter) next() []byte {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.buffer) == 0 && !w.closed {
+		w.filled.Wait()
+	}
+	text := w.buffer
+	w.buffer = nil
+	if w.dropped > 0 {
+		text = fmt.Appendf(text, "%d messages were dropped: standard error is not read\n", w.dropped)
+		w.dropped = 0
+	}
+	return text
+}
+
+// Write never waits and never fails.
+func (w *logWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.buffer)+len(p) > logBuffer {
+		w.dropped++
+		return len(p), nil
+	}
+	w.buffer = append(w.buffer, p...)
+	w.filled.Signal()
+	return len(p), nil
+}
+
+// Close waits until everything is written, but not for longer than a second.
+func (w *logWriter) Close() {
+	w.mu.Lock()
+	w.closed = true
+	w.filled.Signal()
+	w.mu.Unlock()
+	select {
+	case <-w.done:
+	case <-time.After(time.Second):
+	}
+}
+
 // printable returns text as it is, or quoted if it would break a line or hide something.
 func printable(text string) string {
 	if quoted := strconv.Quote(text); quoted != `"`+text+`"` {
@@ -136,20 +209,36 @@ func backoff(failures int) time.Duration {
 	return min(maxBackoff, 100*time.Millisecond<<min(failures-1, 10))
 }
 
-// onSignals calls the steps one after the other, one for each signal that asks the tool to
-// stop: SIGTERM, and SIGINT unless it was ignored at the start, as shells do for commands that a
-// script starts with &. Further signals do nothing. After restore they end the process at once.
+// sameSignal is how long a signal counts as the same as the one before: timeout(1) and terminals
+// signal a process and then its group.
+const sameSignal = 300 * time.Millisecond
+
+// onSignals calls the steps one after the other, one for each signal that asks the tool to stop:
+// SIGTERM and, unless they were ignored at the start, SIGINT, SIGHUP and SIGQUIT. Shells ignore SIGINT
+// for commands that a script starts with &, and nohup(1) ignores SIGHUP. Signals after the last step,
+// or after restore, end the process at once.
 func onSignals(steps ...func(os.Signal)) (restore func()) {
 	wanted := []os.Signal{syscall.SIGTERM}
-	if !signal.Ignored(syscall.SIGINT) {
-		wanted = append(wanted, syscall.SIGINT)
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT} {
+		if !signal.Ignored(s) {
+			wanted = append(wanted, s)
+		}
 	}
-	signals := make(chan os.Signal, len(steps))
+	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, wanted...)
+	restore = sync.OnceFunc(func() { signal.Stop(signals) })
 	go func() {
 		for _, step := range steps {
 			step(<-signals)
+			for same := time.After(sameSignal); same != nil; {
+				select {
+				case <-signals:
+				case <-same:
+					same = nil
+				}
+			}
 		}
+		restore()
 	}()
-	return func() { signal.Stop(signals) }
+	return restore
 }

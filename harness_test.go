@@ -204,9 +204,36 @@ type fakeRouter struct {
 	t      *testing.T
 	sent   [][]string       // since the last call of expect
 	failed map[string]error // of sends, by identity
+	record func(frames [][]byte) error
+	queues map[string]*fakeQueue // by identity
+	bytes  map[int]uint64        // received, by connection
 	log    strings.Builder
 	clock  time.Time
 }
+
+// A fakeQueue is what a peer has not read, as far as a test says so.
+type fakeQueue struct{ bytes size }
+
+func (q *fakeQueue) size() size { return q.bytes }
+func (q *fakeQueue) close()     {}
+
+func (r *fakeRouter) send(frames [][]byte, queue peerQueue) error {
+	if q, ok := queue.(*fakeQueue); ok {
+		r.queues[string(frames[0])] = q
+	}
+	return r.record(frames)
+}
+
+func (r *fakeRouter) newQueue() peerQueue { return &fakeQueue{} }
+
+func (r *fakeRouter) queued() (n size) {
+	for _, q := range r.queues {
+		n += q.bytes
+	}
+	return n
+}
+
+func (r *fakeRouter) received(source int) uint64 { return r.bytes[source] }
 
 var testFlags = brokerFlags{
 	heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
@@ -216,15 +243,15 @@ var testFlags = brokerFlags{
 }
 
 func newFakeRouter(t *testing.T) *fakeRouter {
-	r := &fakeRouter{t: t, failed: map[string]error{}, clock: time.Unix(0, 0)}
-	send := func(frames [][]byte) error {
+	r := &fakeRouter{t: t, failed: map[string]error{}, queues: map[string]*fakeQueue{}, bytes: map[int]uint64{}, clock: time.Unix(0, 0)}
+	r.record = func(frames [][]byte) error {
 		if err := r.failed[string(frames[0])]; err != nil {
 			return err
 		}
 		r.sent = append(r.sent, spell(frames))
 		return nil
 	}
-	r.Broker = NewBroker(testFlags, r.clock, send, slog.New(slog.NewTextHandler(&r.log, nil)))
+	r.Broker = NewBroker(testFlags, r.clock, r, slog.New(slog.NewTextHandler(&r.log, nil)))
 	r.Tick(r.clock)
 	return r
 }
@@ -232,7 +259,7 @@ func newFakeRouter(t *testing.T) *fakeRouter {
 // from lets the broker receive a message. The first frame is the identity of the sender.
 func (r *fakeRouter) from(spelled ...string) {
 	r.t.Helper()
-	r.Receive(frames(spelled...), r.clock)
+	r.Receive(frames(spelled...), -1, r.clock)
 }
 
 // pass advances the clock by n heartbeat intervals.

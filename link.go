@@ -99,7 +99,7 @@ func (l *link) receive() ([][]byte, error) {
 // received.
 func (l *link) update() error {
 	for {
-		event, err := l.event()
+		event, _, err := l.event()
 		switch {
 		case err != nil || event == 0:
 			return err

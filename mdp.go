@@ -71,8 +71,11 @@ var (
 	errNoProtocol = errors.New("no MDPC01 or MDPW01 frame after an empty frame")
 	errNoCommand  = errors.New("no one-byte command after MDPW01")
 	errNoService  = errors.New("no service name")
+	errLongName   = fmt.Errorf("a service name of more than %d bytes", maxName)
 	errNoClient   = errors.New("no empty frame after the client's address")
 )
+
+const maxName = 255 // bytes of a service's name
 
 // Parse parses the frames of a message without copying them. An error says what is wrong with the
 // frames, in words for a log.
@@ -104,13 +107,16 @@ func Parse(frames [][]byte) (Message, error) {
 		if len(rest) == 0 || len(rest[0]) == 0 {
 			return m, fmt.Errorf("%v: %w", m.Kind, errNoService)
 		}
+		if len(rest[0]) > maxName {
+			return m, fmt.Errorf("%v: %w", m.Kind, errLongName)
+		}
 		m.Service = rest[0]
 		if m.Kind == KindClient {
 			m.Body = rest[1:]
 		}
 	case KindRequest, KindReply:
 		var ok bool
-		if m.Client, m.Body, ok = cutAtEmpty(rest); !ok {
+		if m.Client, m.Body, ok = cutAtEmpty(rest); !ok { // m.Client is all that follows then
 			return m, fmt.Errorf("%v: %w", m.Kind, errNoClient)
 		}
 	case KindHeartbeat, KindDisconnect:
@@ -182,13 +188,18 @@ type Reply struct {
 	Output [][]byte // standard output in one frame; services of others may send any number
 	Stderr []byte
 	Status int // exit status
+
+	// FromBroker marks a failure of the broker itself, for which no command ended. If its status is
+	// 75, no command has begun either.
+	FromBroker bool
 }
 
 const statusPrefix = "exit status "
 
 // Body returns the frames of the reply. Success without standard error is the output alone.
 // Anything else is a status reply of exactly three frames: standard output, standard error
-// and "exit status N".
+// and "exit status N". A failure of the broker itself has a zero in front of N, which other clients
+// do not notice.
 func (r Reply) Body() [][]byte {
 	if r.Status == 0 && len(r.Stderr) == 0 {
 		return r.Output
@@ -199,7 +210,11 @@ func (r Reply) Body() [][]byte {
 	} else {
 		stdout = bytes.Join(r.Output, nil)
 	}
-	return [][]byte{stdout, r.Stderr, []byte(statusPrefix + strconv.Itoa(r.Status))}
+	prefix := statusPrefix
+	if r.FromBroker {
+		prefix += "0"
+	}
+	return [][]byte{stdout, r.Stderr, []byte(prefix + strconv.Itoa(r.Status))}
 }
 
 // ParseReply is the inverse of Body. It also recognizes how the services of Dispatchr
@@ -211,7 +226,7 @@ func ParseReply(body [][]byte) Reply {
 		digits, ok := strings.CutPrefix(string(body[2]), statusPrefix)
 		status, err := strconv.ParseUint(digits, 10, 8)
 		if ok && err == nil {
-			return Reply{Output: body[:1], Stderr: body[1], Status: int(status)}
+			return Reply{Output: body[:1], Stderr: body[1], Status: int(status), FromBroker: status > 0 && digits[0] == '0'}
 		}
 	case len(body) == 2 && string(body[0]) == "Error":
 		return Reply{Stderr: fmt.Appendf(nil, "%s\n", body[1]), Status: 1}
@@ -227,6 +242,11 @@ func framesOf(texts []string) [][]byte {
 	}
 	return frames
 }
+
+// costOf returns the bytes that holding the frames takes, roughly: each frame has a header.
+func costOf(frames [][]byte) size { return sizeOf(frames) + frameCost*size(len(frames)) }
+
+const frameCost = 64
 
 // sizeOf returns the number of bytes in the frames.
 func sizeOf(frames [][]byte) size {

@@ -155,7 +155,7 @@ func TestStatusReplyIsRecognisedByItsThirdAndLastFrame(t *testing.T) {
 			}
 			if got := ParseReply(test.body); got.Status != want.Status || string(got.Stderr) != string(want.Stderr) ||
 				!reflect.DeepEqual(spell(got.Output), spell(want.Output)) {
-				t.Errorf("got %q, want %q", got, want)
+				t.Errorf("got %q, want %q", spell(got.Body()), spell(want.Body()))
 			}
 		})
 	}
@@ -176,7 +176,7 @@ func TestRepliesAreSpelledAsOthersExpectThem(t *testing.T) {
 		{Reply{}, []string{}},
 	} {
 		if got := spell(test.reply.Body()); !reflect.DeepEqual(got, test.want) {
-			t.Errorf("the body of %q is %q, want %q", test.reply, got, test.want)
+			t.Errorf("the body of %q is %q, want %q", test.reply.Body(), got, test.want)
 		}
 	}
 }

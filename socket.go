@@ -15,9 +15,18 @@ package main
 #cgo nocallback wait_for_events
 #cgo noescape wait_for_events
 #include <errno.h>
+#ifdef __linux__
+#include <linux/tcp.h>
+#endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+#include <netinet/in.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 #include <zmq.h>
 
@@ -50,16 +59,115 @@ static void close_frames(frame_batch *batch) {
 		zmq_msg_close(&batch->frames[batch->count - 1]);
 }
 
+// A send_queue counts the bytes that ZeroMQ holds for one peer, and all_queued those for all.
+typedef struct { int64_t bytes; int references; } send_queue;
+static int64_t all_queued;
+
+static send_queue *new_queue(void) {
+	send_queue *queue = calloc(1, sizeof *queue);
+	queue->references = 1;
+	return queue;
+}
+
+static void release_queue(send_queue *queue) {
+	if (__atomic_sub_fetch(&queue->references, 1, __ATOMIC_ACQ_REL) == 0)
+		free(queue);
+}
+
+static int64_t queued(int64_t *bytes) { return __atomic_load_n(bytes, __ATOMIC_RELAXED); }
+static int64_t queued_for(send_queue *queue) { return queued(&queue->bytes); }
+static int64_t queued_for_all(void) { return queued(&all_queued); }
+
+// A counted_frame is the last frame of a message, and what the whole message costs.
+typedef struct { send_queue *queue; int64_t cost; char data[]; } counted_frame;
+
+static void count_queued(send_queue *queue, int64_t cost) {
+	__atomic_add_fetch(&queue->bytes, cost, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&all_queued, cost, __ATOMIC_RELAXED);
+}
+
+// free_counted is called by ZeroMQ's I/O thread once the frame was written to the connection or
+// dropped with it.
+static void free_counted(void *data, void *hint) {
+	counted_frame *frame = hint;
+	(void)data;
+	count_queued(frame->queue, -frame->cost);
+	release_queue(frame->queue);
+	free(frame);
+}
+
+static int send_counted(uintptr_t socket, const char *data, size_t size, send_queue *queue, int64_t cost) {
+	counted_frame *frame = malloc(sizeof *frame + size);
+	zmq_msg_t message;
+
+	if (frame == NULL) {
+		errno = ENOMEM;
+		return -1;
+	}
+	frame->queue = queue;
+	frame->cost = cost;
+	__atomic_add_fetch(&queue->references, 1, __ATOMIC_RELAXED);
+	count_queued(queue, cost);
+	memcpy(frame->data, data, size);
+	zmq_msg_init_data(&message, frame->data, size, free_counted, frame);
+	while (zmq_msg_send(&message, (void *)socket, ZMQ_DONTWAIT) == -1)
+		if (errno != EINTR) {
+			int failed = errno;
+			zmq_msg_close(&message);
+			errno = failed;
+			return -1;
+		}
+	return 0;
+}
+
 // send_frames sends frames that lie in memory one after the other; more tells whether frames of
-// the same message follow. It returns 0 or an errno, which is negative if a frame was sent.
-static int send_frames(uintptr_t socket, const char *data, const size_t *sizes, int count, int more) {
+// the same message follow. If queue is not NULL, it counts the message, which costs so many bytes,
+// until ZeroMQ has written it. It returns 0 or an errno, which is negative if a frame was sent.
+static int send_frames(uintptr_t socket, const char *data, const size_t *sizes, int count, int more, send_queue *queue, int64_t cost) {
 	for (int i = 0; i < count; data += sizes[i++]) {
 		int flags = ZMQ_DONTWAIT | (more || i < count - 1 ? ZMQ_SNDMORE : 0);
+		if (queue && !(flags & ZMQ_SNDMORE)) {
+			if (send_counted(socket, data, sizes[i], queue, cost) == -1)
+				return i == 0 ? errno : -errno;
+			continue;
+		}
 		while (zmq_send((void *)socket, data, sizes[i], flags) == -1)
 			if (errno != EINTR)
 				return i == 0 ? errno : -errno;
 	}
 	return 0;
+}
+
+// source_of returns the descriptor of the connection that a frame came over, or -1.
+static int source_of(frame_batch *batch) {
+	return batch->count > 1 ? zmq_msg_get(&batch->frames[1], ZMQ_SRCFD) : -1;
+}
+
+// bytes_received returns the number of bytes that a TCP connection has received, or 0 if that is
+// unknown.
+static uint64_t bytes_received(int fd) {
+#ifdef __linux__
+	struct tcp_info info = {0};
+	socklen_t size = sizeof info;
+
+	if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0)
+		return info.tcpi_bytes_received;
+#endif
+	return 0;
+}
+
+// use_mmap lets free return the memory of long frames to the system at once.
+static void use_mmap(void) {
+#ifdef __GLIBC__
+	mallopt(M_MMAP_THRESHOLD, 128 << 10);
+#endif
+}
+
+// trim_memory returns what else is free.
+static void trim_memory(void) {
+#ifdef __GLIBC__
+	malloc_trim(0);
+#endif
 }
 
 enum { READABLE = 1, MONITORED = 2, WOKEN = 4 };
@@ -123,6 +231,9 @@ type socket struct {
 }
 
 func newSocket(kind zmq.Type) (*socket, error) {
+	// A ROUTER names peers without an identity by a number that counts up from rand(3), which ZeroMQ
+	// does not seed. It aborts if another peer has chosen the next one, so nobody may guess it.
+	C.srand(C.uint(rand.Uint32()))
 	opened, err := zmq.NewSocket(kind)
 	if err != nil {
 		return nil, fmt.Errorf("open a ZeroMQ socket: %w", err)
@@ -184,7 +295,15 @@ const maxJoined = 16 << 10
 // send sends a message without waiting. After errWouldBlock nothing was sent. At a ROUTER, any other
 // error means that the peer is gone. At a DEALER it means that the connection broke within the
 // message, and that ZeroMQ drops the next frames: the socket must be closed.
-func (s *socket) send(frames [][]byte) error {
+func (s *socket) send(frames [][]byte) error { return s.sendCounted(frames, nil) }
+
+// sendCounted sends a message and counts it in a queue, unless that is nil.
+func (s *socket) sendCounted(frames [][]byte, queue *sendQueue) error {
+	var counter *C.send_queue
+	if queue != nil {
+		counter = queue.counter
+	}
+	cost := C.int64_t(costOf(frames))
 	s.drained = false // Sending handles the events that fd tells of, too.
 	for first := true; len(frames) > 0; first = false {
 		var sizes [C.MAX_FRAMES]C.size_t
@@ -200,7 +319,7 @@ func (s *socket) send(frames [][]byte) error {
 		}
 		frames = frames[n:]
 		more := C.int(min(1, len(frames)))
-		errno := C.send_frames(s.handle, (*C.char)(unsafe.Pointer(unsafe.SliceData(data))), &sizes[0], C.int(n), more)
+		errno := C.send_frames(s.handle, (*C.char)(unsafe.Pointer(unsafe.SliceData(data))), &sizes[0], C.int(n), more, counter, cost)
 		switch {
 		case first && errno == C.EAGAIN:
 			return errWouldBlock
@@ -211,24 +330,63 @@ func (s *socket) send(frames [][]byte) error {
 	return nil
 }
 
+// A sendQueue counts the bytes that ZeroMQ holds for one peer.
+type sendQueue struct{ counter *C.send_queue }
+
+func newSendQueue() *sendQueue { return &sendQueue{C.new_queue()} }
+
+func (q *sendQueue) size() size { return size(C.queued_for(q.counter)) }
+
+// close ends the use of the queue. ZeroMQ keeps it for what it still holds.
+func (q *sendQueue) close() { C.release_queue(q.counter) }
+
+// queuedForAll returns the bytes in all queues.
+func queuedForAll() size { return size(C.queued_for_all()) }
+
+// bytesReceived returns the number of bytes that a TCP connection has received, or 0 if that is
+// unknown.
+func bytesReceived(source int) uint64 { return uint64(C.bytes_received(C.int(source))) }
+
+// returnLongFrames lets ZeroMQ return the memory of long frames to the system at once.
+func returnLongFrames() { C.use_mmap() }
+
+// trimMemory returns what else C has freed.
+func trimMemory() { C.trim_memory() }
+
+// maxFrames is the most frames of a message that are received. The others are dropped.
+const maxFrames = 1 << 18
+
 // receive returns the next message, or nil if there is none.
 func (s *socket) receive() (frames [][]byte, err error) {
-	s.drained = false
+	frames, _, err = s.receiveFrom(false)
+	return frames, err
+}
+
+// receiveFrom returns the next message, or nil if there is none, and the descriptor of its
+// connection if that is wanted and known, else -1. A message with more than maxFrames is cut off one
+// frame behind them.
+func (s *socket) receiveFrom(wantSource bool) (frames [][]byte, source int, err error) {
+	s.drained, source = false, -1
 	for more := true; more; {
 		errno := C.receive_frames(s.handle, s.batch)
 		if errno != 0 {
 			C.close_frames(s.batch)
 			if errno == C.EAGAIN && frames == nil {
 				s.drained = true
-				return nil, nil
+				return nil, -1, nil
 			}
-			return nil, fmt.Errorf("receive: %w", zmq.Errno(errno))
+			return nil, -1, fmt.Errorf("receive: %w", zmq.Errno(errno))
 		}
-		frames = appendCopies(frames, s.batch)
+		if wantSource && frames == nil {
+			source = int(C.source_of(s.batch))
+		}
+		if len(frames) <= maxFrames {
+			frames = appendCopies(frames, s.batch)
+		}
 		more = s.batch.more != 0
 		C.close_frames(s.batch)
 	}
-	return frames, nil
+	return frames[:min(len(frames), maxFrames+1)], source, nil
 }
 
 // appendCopies appends copies of the frames in a batch. Short ones share one allocation.
@@ -267,21 +425,22 @@ func (s *socket) watch(events zmq.Event) error {
 	s.monitorFd = C.int(fd)
 	err = errors.Join(err, s.Monitor(address, events), monitor.Connect(address), monitor.SetLinger(0))
 	if err == nil {
-		_, err = s.event() // The descriptor only signals after a read that found nothing.
+		_, _, err = s.event() // The descriptor only signals after a read that found nothing.
 	}
 	return err
 }
 
-// event returns the next event of the monitor, or 0 if there is none.
-func (s *socket) event() (zmq.Event, error) {
-	event, _, _, err := s.monitor.RecvEvent(zmq.DONTWAIT)
+// event returns the next event of the monitor, or 0 if there is none, and the descriptor of the
+// connection.
+func (s *socket) event() (event zmq.Event, source int, err error) {
+	event, _, source, err = s.monitor.RecvEvent(zmq.DONTWAIT)
 	if zmq.AsErrno(err) == zmq.Errno(syscall.EAGAIN) {
-		return 0, nil
+		return 0, -1, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("monitor the connections: %w", err)
+		return 0, -1, fmt.Errorf("monitor the connections: %w", err)
 	}
-	return event, nil
+	return event, source, nil
 }
 
 // A pollWaiter lets the goroutine that owns a socket wait for it, its monitor, a deadline and

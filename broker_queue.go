@@ -1,0 +1,184 @@
+package main
+
+import (
+	"container/list"
+	"time"
+)
+
+// A peerQueue is what ZeroMQ holds for one peer, which has not read it yet.
+type peerQueue interface {
+	size() size
+	close()
+}
+
+// A brokerClient is a client that has sent a request, until its requests have ended and it has read
+// the replies. Clients are told apart by their identity.
+type brokerClient struct {
+	identity   string
+	queue      peerQueue
+	unfinished int         // requests
+	held       size        // of these requests
+	waiting    addressNode // those of them that wait
+	goneSince  time.Time   // when its connection broke; zero while it is there
+}
+
+// An addressNode holds the waiting requests of a client whose address begins with the same frames,
+// so that mmi.cancel finds them by a part of their address.
+type addressNode struct {
+	parent   *addressNode
+	frame    string // that distinguishes it from its siblings
+	children map[string]*addressNode
+	requests list.List // of *brokerRequest, whose address ends here
+}
+
+// child returns the node for one more frame of an address, a new one if there is none.
+func (n *addressNode) child(frame []byte) *addressNode {
+	c, ok := n.children[string(frame)]
+	if !ok {
+		c = &addressNode{parent: n, frame: string(frame)}
+		if n.children == nil {
+			n.children = map[string]*addressNode{}
+		}
+		n.children[c.frame] = c
+	}
+	return c
+}
+
+// prune removes the node, and then its parents, as far as they are empty.
+func (n *addressNode) prune() {
+	for n.parent != nil && n.requests.Len() == 0 && len(n.children) == 0 {
+		delete(n.parent.children, n.frame)
+		n = n.parent
+	}
+}
+
+// all appends the requests of the node and of all nodes below it.
+func (n *addressNode) all(requests []*brokerRequest) []*brokerRequest {
+	for e := n.requests.Front(); e != nil; e = e.Next() {
+		requests = append(requests, e.Value.(*brokerRequest))
+	}
+	for _, c := range n.children {
+		requests = c.all(requests)
+	}
+	return requests
+}
+
+// A clientQueue is the waiting requests of one client for one service, in their order.
+type clientQueue struct {
+	client   *brokerClient
+	requests list.List     // of *brokerRequest
+	turn     *list.Element // its place in the turns of the service
+}
+
+// next returns the request whose turn it is, or nil if none waits.
+func (s *brokerService) next() *brokerRequest {
+	if s.waiting == 0 {
+		return nil
+	}
+	return s.turns.Front().Value.(*clientQueue).requests.Front().Value.(*brokerRequest)
+}
+
+// full tells whether the queue of a service has no room for a request of a client. If max requests
+// wait, there is room only for clients that have less than an equal share of them: one client cannot
+// shut the others out.
+func (s *brokerService) full(c *brokerClient, max int) bool {
+	if s.waiting < max {
+		return false
+	}
+	q, ok := s.queues[c]
+	return !ok && len(s.queues) >= max || ok && q.requests.Len() >= max/len(s.queues)
+}
+
+// enqueue puts a request at the end of the queue of its client, or ahead of all that wait.
+func (b *Broker) enqueue(r *brokerRequest, ahead bool) {
+	s := r.service
+	q, ok := s.queues[r.client]
+	if !ok {
+		q = &clientQueue{client: r.client}
+		q.turn = s.turns.PushBack(q)
+		if s.queues == nil {
+			s.queues = map[*brokerClient]*clientQueue{}
+		}
+		s.queues[r.client] = q
+	}
+	if ahead {
+		r.inQueue = q.requests.PushFront(r)
+		s.turns.MoveToFront(q.turn)
+	} else {
+		r.inQueue = q.requests.PushBack(r)
+	}
+	s.waiting++
+
+	r.node = &r.client.waiting
+	for _, frame := range r.address[1:] {
+		r.node = r.node.child(frame)
+	}
+	r.inNode = r.node.requests.PushBack(r)
+}
+
+// dequeue takes a request out of the queue. If it had its turn, the other clients are next.
+func (b *Broker) dequeue(r *brokerRequest, hadTurn bool) {
+	s := r.service
+	q := s.queues[r.client]
+	q.requests.Remove(r.inQueue)
+	s.waiting--
+	if q.requests.Len() == 0 {
+		s.turns.Remove(q.turn)
+		delete(s.queues, r.client)
+	} else if hadTurn {
+		s.turns.MoveToBack(q.turn)
+	}
+	r.node.requests.Remove(r.inNode)
+	r.node.prune()
+	r.inQueue, r.node, r.inNode = nil, nil, nil
+}
+
+// client returns the client with an identity, a new one if there is none.
+func (b *Broker) client(identity []byte) *brokerClient {
+	c, ok := b.clients[string(identity)]
+	if !ok {
+		c = &brokerClient{identity: string(identity), queue: b.outlet.newQueue()}
+		b.clients[c.identity] = c
+	}
+	return c
+}
+
+// dropWaiting drops waiting requests of which nobody awaits a reply.
+func (b *Broker) dropWaiting(requests []*brokerRequest, reason counter) {
+	for _, r := range requests {
+		b.dequeue(r, false)
+		b.end(r)
+		b.count(r.service, reason, 1)
+		b.dispatch(r.service)
+	}
+}
+
+// sweepClients forgets clients that are done, and drops what waits for those that are gone for good.
+func (b *Broker) sweepClients() {
+	for identity, c := range b.clients {
+		if !c.goneSince.IsZero() && b.now.Sub(c.goneSince) >= b.silenceLimit() {
+			b.dropWaiting(c.waiting.all(nil), abandonedTotal)
+		}
+		if c.unfinished == 0 && c.queue.size() == 0 {
+			c.queue.close()
+			delete(b.clients, identity)
+		}
+	}
+}
+
+// cancel drops the waiting requests of a client whose address begins with that of its message, and
+// returns their number: the client may add frames of its own, and behind a proxy others share its
+// identity.
+func (b *Broker) cancel(address [][]byte) (dropped int) {
+	c := b.client(address[0])
+	node := &c.waiting
+	for _, frame := range address[1:] {
+		node = node.children[string(frame)]
+		if node == nil {
+			return 0
+		}
+	}
+	requests := node.all(nil)
+	b.dropWaiting(requests, cancelledTotal)
+	return len(requests)
+}
