@@ -278,16 +278,15 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			}
 			deadline = earlier(deadline, end)
 		}
-		readable, monitored, err := waiter.Wait(router, deadline)
-		if err != nil {
+		if err := waiter.Wait(deadline, router); err != nil {
 			return err
 		}
-		if monitored {
+		if router.monitored {
 			if err := reportConnections(router, broker); err != nil {
 				return err
 			}
 		}
-		for begin, now := time.Now(), time.Now(); readable && now.Sub(begin) < maxTurn; now = time.Now() {
+		for begin, now := time.Now(), time.Now(); router.readable && now.Sub(begin) < maxTurn; now = time.Now() {
 			frames, source, err := router.receiveFrom(true)
 			if err != nil {
 				return err

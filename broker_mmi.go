@@ -156,7 +156,7 @@ func (b *Broker) sortedServices() []*brokerService {
 // table returns the reply to mmi.services: a header and a line for each service. Names that would
 // break a line are quoted.
 func (b *Broker) table() []byte {
-	out := []byte("service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n")
+	out := []byte(servicesHeader)
 	for _, s := range b.sortedServices() {
 		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting,
 			s.workers-s.idle.Len(), s.tally.counts[repliesTotal], s.tally.counts[failuresTotal])

@@ -112,7 +112,7 @@ type brokerWorker struct {
 	busy        int            // heartbeats since it was given its request
 	heard       int            // heartbeats that it sent since then
 
-	gone        bool           // its connection broke
+	gone bool // its connection broke
 
 	// beatsWhileBusy tells that it sends heartbeats while it works; many workers cannot.
 	beatsWhileBusy bool
@@ -532,8 +532,6 @@ func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	}
 	return w.request
 }
-
-const shuttingDown = "the broker is shutting down"
 
 // refuse answers a request that was not taken, or was taken and has not begun. Its client may send it
 // again.

@@ -92,7 +92,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 				b.Fatalf("received %d of %d messages: %v", i, n, err)
 			}
 			if message == nil {
-				waiter.Wait(router, end)
+				waiter.Wait(end, router)
 				continue
 			}
 			broker.Receive(message, -1, time.Now())

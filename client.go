@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -23,7 +24,7 @@ The ARGs are the arguments of the request. Without any, each line of standard in
 one, unless standard input is a terminal. Put flags before the first ARG, and -- before
 an ARG that looks like a flag.
 
-  -t, --timeout DURATION  give up after this long; 0 waits for ever (30s)
+  -t, --timeout DURATION  give up after this long; 0 is never (30s; 0 with --each)
   -n, --no-input          do not read standard input
   -0, --null              use NUL bytes instead of newlines: after the lines of standard
                           input, and after the frames or replies on standard output
@@ -41,8 +42,7 @@ an ARG that looks like a flag.
 
   -e, --each              make a request of each line, which takes the place of an ARG
                           {}, or else follows the ARGs; end with 123 if any failed
-  -j, --jobs N            have up to N requests in flight (16); use 1 for brokers that
-                          do not know address stacks
+  -j, --jobs N            have up to N requests in flight (16)
       --unordered         print replies as they come, not in the order of the lines
       --fail-fast         begin no more requests after one that failed
       --joblog FILE       write a line to FILE for each request that ended
@@ -76,11 +76,11 @@ Examples:
 
 type requestTool struct {
 	commonFlags
-	Timeout  time.Duration `short:"t" default:"30s"`
-	NoInput  bool          `short:"n" xor:"input"`
-	Null     bool          `short:"0"`
-	AllInput bool          `name:"stdin" xor:"input"`
-	Retries  int           `default:"0"`
+	Timeout  *time.Duration `short:"t"`
+	NoInput  bool           `short:"n" xor:"input"`
+	Null     bool           `short:"0"`
+	AllInput bool           `name:"stdin" xor:"input"`
+	Retries  int            `default:"0"`
 	NoWait   bool
 	List     bool
 	eachFlags
@@ -108,6 +108,20 @@ func (t *requestTool) Run() error {
 		return t.each(endpoint)
 	}
 	return t.once(endpoint)
+}
+
+// defaultTimeout is the default of --timeout, but for the requests of a batch: they may wait behind
+// each other.
+const defaultTimeout = 30 * time.Second
+
+func (t *requestTool) timeout() time.Duration {
+	switch {
+	case t.Timeout != nil:
+		return *t.Timeout
+	case t.Each:
+		return 0
+	}
+	return defaultTimeout
 }
 
 // check rejects flags and arguments that make no sense together.
@@ -141,10 +155,10 @@ func (t *requestTool) once(endpoint string) error {
 	c.debugf("%s: sending %d frames to %s", t.Name, len(body), endpoint)
 
 	client, restore := t.client(endpoint)
-	client.caller.retrying = func(request *call, pause time.Duration) {
+	client.retrying = func(request *call, pause time.Duration) {
 		c.debugf("%s: status %d; trying again in %v", t.Name, request.status(), pause)
 	}
-	request := &call{service: t.Name, body: body, timeout: t.Timeout, retries: t.Retries}
+	request := &call{service: t.Name, body: body, timeout: t.timeout(), retries: t.Retries}
 	status := newStatusLine(c, 2*time.Second)
 	begin := time.Now()
 	err = client.do(request, func() time.Time {
@@ -235,9 +249,6 @@ func (t *requestTool) explain(client *Client, err error) error {
 		why, hint = "nobody serves it", t.serveHint()
 	default:
 		why, hint = "the broker does not tell whether anybody serves it", "is the broker still there?"
-		if client.caller.correlated {
-			hint += " If it does not know address stacks, use --jobs 1"
-		}
 	}
 	return &failure{status: exitTimeout, err: fmt.Errorf("%s: %w; %s", t.Name, err, why), hint: hint}
 }
@@ -275,7 +286,7 @@ func (t *requestTool) list(endpoint string) error {
 	client, restore := t.client(endpoint)
 	defer restore()
 	defer client.Disconnect()
-	reply, err := client.Send(mmiServices, nil, min(t.Timeout, 5*time.Second))
+	reply, err := client.Send(mmiServices, emptyBody, min(t.timeout(), 5*time.Second))
 	switch {
 	case err != nil && !errors.Is(err, errTimeout):
 		return err
@@ -295,61 +306,116 @@ func (t *requestTool) list(endpoint string) error {
 }
 
 // Client calls services through a broker, one at a time with Send, or many at once with Begin
-// and Await. It is the loop around a caller: it owns the socket and the clock. It belongs to one
-// goroutine.
+// and Await. It is the loop around its callers: it owns their sockets and the clock. It belongs to
+// one goroutine.
 type Client struct {
-	caller caller
-	stop   context.Context
-	waiter *pollWaiter
-	link   *link // nil when not connected
+	endpoint string
+	stop     context.Context
+	waiter   *pollWaiter
+	retrying func(c *call, pause time.Duration) // told of each retry; may be nil
+
+	// A broker that knows address stacks takes all calls over the one connection of the first lane.
+	// Otherwise there is a lane for each call in flight.
+	correlated bool
+	lanes      []*lane
+
+	// reachLimit is how long calls wait for a broker in vain before the client fails; 0 for ever.
+	reachLimit       time.Duration
+	unreachableSince time.Time // zero while the broker is there, or there are no calls
+}
+
+// A lane is a caller and its connection, nil when not connected.
+type lane struct {
+	caller
+	link *link
 }
 
 // NewClient returns a client for the broker at an endpoint. When stop is done, its waiting ends.
 func NewClient(stop context.Context, endpoint string) *Client {
-	c := &Client{caller: caller{endpoint: endpoint}, stop: stop, waiter: newPollWaiter()}
+	c := &Client{endpoint: endpoint, stop: stop, waiter: newPollWaiter()}
 	context.AfterFunc(stop, c.waiter.Wake)
 	return c
 }
 
 // Connect begins to connect to the broker, which need not be there yet. Requests do so too.
 func (c *Client) Connect() error {
-	if c.link != nil {
+	return c.connectLane(c.freeLane())
+}
+
+// Correlate tells the client that the broker knows address stacks.
+func (c *Client) Correlate() {
+	c.correlated = true
+	for _, l := range c.lanes {
+		l.correlated = true
+	}
+}
+
+// freeLane returns a lane that can take another call, a new one if there is none.
+func (c *Client) freeLane() *lane {
+	for _, l := range c.lanes {
+		if c.correlated || !l.busy() && l.conn.takesCalls(false) {
+			return l
+		}
+	}
+	l := &lane{caller: caller{endpoint: c.endpoint, correlated: c.correlated, retrying: c.retrying}}
+	c.lanes = append(c.lanes, l)
+	return l
+}
+
+func (c *Client) connectLane(l *lane) error {
+	if l.link != nil {
 		return nil
 	}
 	stop := c.stop
-	if !c.caller.due.IsZero() {
+	if !l.due.IsZero() {
 		var cancel context.CancelFunc
-		stop, cancel = context.WithDeadline(stop, c.caller.due)
+		stop, cancel = context.WithDeadline(stop, l.due)
 		defer cancel()
 	}
-	opened, err := dial(stop, "brequest", c.caller.endpoint)
+	opened, err := dial(stop, "brequest", c.endpoint)
 	if err != nil {
 		return err
 	}
-	c.link = opened
-	c.caller.open(opened.send)
+	l.link = opened
+	l.open(opened.send)
 	return nil
 }
 
-// Disconnect closes the connection, and forgets the calls in flight.
+// Disconnect closes the connections, and forgets the calls in flight.
 func (c *Client) Disconnect() {
-	c.caller.conn = nil
-	c.closeDropped()
+	for _, l := range c.lanes {
+		l.conn = nil
+		l.closeDropped()
+	}
+	c.lanes = nil
 }
 
 // closeDropped closes the socket of a connection that the caller has dropped.
-func (c *Client) closeDropped() {
-	if c.link != nil && c.caller.conn == nil {
-		c.link.Close()
-		c.link = nil
+func (l *lane) closeDropped() {
+	if l.link != nil && l.conn == nil {
+		l.link.Close()
+		l.link = nil
 	}
 }
 
 // Endpoint returns the endpoint of the broker.
-func (c *Client) Endpoint() string { return c.caller.endpoint }
+func (c *Client) Endpoint() string { return c.endpoint }
 
 // connected tells whether the broker is there.
-func (c *Client) connected() bool { return c.link != nil && c.link.connected }
+func (c *Client) connected() bool {
+	return slices.ContainsFunc(c.lanes, func(l *lane) bool { return l.link != nil && l.link.connected })
+}
+
+// inFlight returns the number of calls that are not pausing.
+func (c *Client) inFlight() (n int) {
+	for _, l := range c.lanes {
+		n += len(l.waiting)
+		if l.conn != nil {
+			n += len(l.conn.inFlight)
+		}
+	}
+	return n
+}
 
 // Send calls a service and returns its reply. A timeout of 0 is none. Without a reply the error is
 // errNoBroker if no broker took the request, errLost if the connection broke before the reply,
@@ -380,93 +446,145 @@ func (c *Client) do(request *call, beforeWait func() time.Time) error {
 }
 
 // Begin begins a call.
-func (c *Client) Begin(request *call) { c.caller.begin(request, time.Now()) }
+func (c *Client) Begin(request *call) { c.freeLane().begin(request, time.Now()) }
 
 // Await waits until something happens, or a time unless that is zero, and returns the calls that
 // ended. An error is final.
 func (c *Client) Await(until time.Time) ([]*call, error) {
-	if len(c.caller.ended) > 0 {
-		until = time.Now() // They were cancelled since the last time.
+	for _, l := range c.lanes {
+		if len(l.ended) > 0 {
+			until = time.Now() // They were cancelled since the last time.
+		}
 	}
 	err := c.step(until)
-	return c.caller.takeEnded(), err
+	return c.takeEnded(), err
+}
+
+func (c *Client) takeEnded() (ended []*call) {
+	for _, l := range c.lanes {
+		ended = append(ended, l.takeEnded()...)
+	}
+	return ended
 }
 
 // Cancel asks the broker to drop a call. If it has not begun, it ends with errCancelled, and
 // otherwise as if nothing had been asked.
-func (c *Client) Cancel(request *call) { c.caller.cancel(request, time.Now()) }
+func (c *Client) Cancel(request *call) {
+	for _, l := range c.lanes {
+		if l.has(request) {
+			l.cancel(request, time.Now())
+		}
+	}
+}
 
 // Abandon gives up all calls and disconnects. It waits a moment for the broker to confirm that it
 // dropped the calls that were in a queue. It returns those that ended meanwhile.
 func (c *Client) Abandon() []*call {
-	if c.link != nil {
-		c.updateLink()
+	for _, l := range c.lanes {
+		if l.link != nil {
+			l.update()
+		}
+		l.abandon(time.Now())
 	}
-	c.caller.abandon(time.Now())
-	for c.caller.conn != nil {
+	connected := func(l *lane) bool { return l.conn != nil }
+	for slices.ContainsFunc(c.lanes, connected) {
 		if err := c.step(time.Time{}); err != nil {
 			break
 		}
 	}
+	ended := c.takeEnded()
 	c.Disconnect()
-	return c.caller.takeEnded()
+	return ended
 }
 
 // step waits once and handles what happened.
 func (c *Client) step(until time.Time) error {
-	if c.caller.needsConnection() {
-		if err := c.Connect(); err != nil {
-			return err
+	deadline := until
+	sockets := make([]*socket, 0, 1)
+	busy := false
+	for _, l := range c.lanes {
+		if l.needsConnection() {
+			if err := c.connectLane(l); err != nil {
+				return err
+			}
 		}
-	}
-	blocked := c.caller.flush()
-	deadline := c.caller.deadline()
-	if c.link == nil {
-		if _, _, err := c.waiter.Wait(nil, earlier(deadline, until)); err != nil {
-			return err
+		blocked := l.flush()
+		deadline = earlier(deadline, l.deadline())
+		if l.link != nil {
+			l.link.blocked = blocked
+			sockets = append(sockets, l.link.socket)
+			if l.link.broken {
+				deadline = time.Now()
+			}
 		}
-		c.caller.tick(time.Now())
-		return nil
+		busy = busy || l.busy()
 	}
-
-	if c.link.broken {
-		until = time.Now()
+	if unreachable := c.reachDeadline(busy); !unreachable.IsZero() {
+		deadline = earlier(deadline, unreachable)
 	}
-	c.link.blocked = blocked
-	readable, monitored, err := c.waiter.Wait(c.link.socket, earlier(deadline, until))
-	if err != nil {
+	if err := c.waiter.Wait(deadline, sockets...); err != nil {
 		return err
 	}
+
 	now := time.Now()
-	if monitored || !deadline.IsZero() && !now.Before(deadline) {
-		if err := c.updateLink(); err != nil {
+	for _, l := range c.lanes {
+		if err := l.handle(now, !deadline.IsZero() && !now.Before(deadline)); err != nil {
 			return err
 		}
 	}
-	for c.caller.conn != nil && (readable || c.link.broken) {
-		frames, err := c.link.receive()
+	if unreachable := c.reachDeadline(busy); !unreachable.IsZero() && !now.Before(unreachable) {
+		return fmt.Errorf("%w at %s within %v", errNoBroker, c.endpoint, c.reachLimit)
+	}
+	return nil
+}
+
+// reachDeadline returns when the client fails unless a broker is there before; zero for never.
+func (c *Client) reachDeadline(busy bool) time.Time {
+	switch {
+	case c.reachLimit == 0, !busy, c.connected():
+		c.unreachableSince = time.Time{}
+		return time.Time{}
+	case c.unreachableSince.IsZero():
+		c.unreachableSince = time.Now()
+	}
+	return c.unreachableSince.Add(c.reachLimit)
+}
+
+// handle handles what the last wait found, and what is due.
+func (l *lane) handle(now time.Time, expired bool) error {
+	if l.link == nil {
+		l.tick(now)
+		return nil
+	}
+	if l.link.monitored || expired {
+		if err := l.update(); err != nil {
+			return err
+		}
+	}
+	for l.conn != nil && (l.link.readable || l.link.broken) {
+		frames, err := l.link.receive()
 		if err != nil {
 			return err
 		}
 		if frames == nil {
 			break
 		}
-		c.caller.receive(frames, now)
+		l.receive(frames, now)
 	}
-	if c.link.broken {
-		c.link.broken = false // ZeroMQ connects again.
-		c.caller.lost(now)
+	if l.link.broken {
+		l.link.broken = false // ZeroMQ connects again.
+		l.lost(now)
 	}
-	c.caller.tick(now)
-	c.closeDropped()
+	l.tick(now)
+	l.closeDropped()
 	return nil
 }
 
-// updateLink tells the caller what the monitor knows of the connection.
-func (c *Client) updateLink() error {
-	err := c.link.update()
-	if c.link.connected {
-		c.caller.setConnected()
+// update tells the caller what the monitor knows of the connection.
+func (l *lane) update() error {
+	err := l.link.update()
+	if l.link.connected {
+		l.setConnected()
 	}
 	return err
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,8 +34,21 @@ const (
 	defaultJobs  = 16
 	maxBatchJobs = 10000
 
-	// maxUnprinted limits the replies that wait for an earlier one to be printed, for each job.
-	maxUnprinted = 8
+	// maxUnprinted limits the replies that wait for an earlier one to be printed, for each job, and
+	// maxUnprintedSize the bytes of all of them.
+	maxUnprinted     = 8
+	maxUnprintedSize = 64 << 20
+
+	// reachLimit is how long a batch waits for a broker without --timeout.
+	reachLimit = 30 * time.Second
+
+	// probeTimeout is how long a broker may take to tell whether it knows address stacks, and
+	// probeRetries is how often it is asked again if the connection breaks.
+	probeTimeout = time.Second
+	probeRetries = 3
+
+	// maxLanes limits the connections to a broker that does not. Each takes some descriptors.
+	maxLanes = 256
 )
 
 func (f *eachFlags) check() error {
@@ -60,7 +74,7 @@ func (f *eachFlags) check() error {
 
 // each makes a batch of standard input.
 func (t *requestTool) each(endpoint string) error {
-	log, err := openJobLog(t.Joblog, t.Resume)
+	log, err := openJobLog(t.Joblog, t.Name, t.Resume)
 	if err != nil {
 		return err
 	}
@@ -71,7 +85,6 @@ func (t *requestTool) each(endpoint string) error {
 	if t.Jobs != nil {
 		jobs = *t.Jobs
 	}
-	client.caller.correlated = jobs > 1
 	// If the reader of standard output exits, do not die of SIGPIPE before the requests that have not
 	// begun are taken back.
 	signal.Ignore(syscall.SIGPIPE)
@@ -94,7 +107,42 @@ func (t *requestTool) each(endpoint string) error {
 		begin:       time.Now(),
 	}
 	defer status.hide()
+	if err := b.probe(); err != nil {
+		return err
+	}
 	return b.run()
+}
+
+// probe finds out whether the broker knows address stacks, so that one connection is enough for all
+// requests in flight. Its list of services tells that it is one of ours, and each broker survives being
+// asked for it: some die of an address stack.
+func (b *batch) probe() error {
+	b.client.reachLimit = cmp.Or(b.timeout(), reachLimit)
+	request := &call{service: mmiServices, body: emptyBody, retries: probeRetries}
+	b.client.Begin(request)
+	var until time.Time // zero before the broker is there
+	for !request.ended && (until.IsZero() || time.Now().Before(until)) {
+		_, err := b.client.Await(until)
+		if b.client.stop.Err() != nil {
+			err = context.Cause(b.client.stop)
+		}
+		if err != nil {
+			return err
+		}
+		if until.IsZero() && b.client.connected() {
+			until = time.Now().Add(probeTimeout)
+		}
+	}
+	if b.timeout() > 0 {
+		b.client.reachLimit = 0 // Each request has its own.
+	}
+	if output := request.reply.Output; len(output) == 1 && bytes.HasPrefix(output[0], []byte(servicesHeader)) {
+		b.client.Correlate()
+		return nil
+	}
+	b.client.Disconnect()
+	b.jobs = min(b.jobs, maxLanes)
+	return nil
 }
 
 // A batch makes a request of each line of input.
@@ -109,8 +157,9 @@ type batch struct {
 	status *statusLine
 	log    *jobLog
 
-	begun     map[*call]*item // not ended
-	unprinted []*item         // in the order of the input; none with --unordered
+	begun         map[*call]*item // not ended
+	unprinted     []*item         // in the order of the input; none with --unordered
+	unprintedSize size            // of their replies
 
 	begin        time.Time
 	read         int // lines
@@ -126,8 +175,9 @@ type item struct {
 	number int
 	line   []byte
 	begin  time.Time
-	ended  bool     // its output may be printed
-	output [][]byte // nil if there is nothing to print
+	ended  bool          // it is its turn to be printed, once those before have been
+	call   *call         // nil if there is nothing to print
+	took   time.Duration // from begin to the end of the call
 }
 
 func (b *batch) run() error {
@@ -174,7 +224,7 @@ func (b *batch) run() error {
 
 // beginItems begins a request for each line that was read, as long as there is room for it.
 func (b *batch) beginItems() {
-	for len(b.begun) < b.jobs && len(b.unprinted) < maxUnprinted*b.jobs {
+	for len(b.begun) < b.jobs && len(b.unprinted) < maxUnprinted*b.jobs && b.unprintedSize < maxUnprintedSize {
 		select {
 		case line, more := <-b.stdin:
 			if !more || line.err != nil {
@@ -190,7 +240,7 @@ func (b *batch) beginItems() {
 			if !b.Unordered {
 				b.unprinted = append(b.unprinted, it)
 			}
-			request := &call{service: b.Name, body: framesOf(b.Args.with(string(it.line))), timeout: b.Timeout, retries: b.Retries}
+			request := &call{service: b.Name, body: framesOf(b.Args.with(string(it.line))), timeout: b.timeout(), retries: b.Retries, patient: true}
 			b.begun[request] = it
 			b.client.Begin(request)
 		default:
@@ -215,10 +265,10 @@ func (b *batch) end(c *call) {
 
 // finish counts and logs a request that ended, and reports its failure.
 func (b *batch) finish(it *item, c *call) {
-	it.output = c.reply.Output
+	it.call, it.took = c, time.Since(it.begin)
+	b.unprintedSize += sizeOf(c.reply.Output)
 	b.done++
-	b.log.add(it, c)
-	b.debugf("%s: status %d after %v", it.subject(), c.status(), time.Since(it.begin).Round(time.Millisecond))
+	b.debugf("%s: status %d after %v", it.subject(), c.status(), it.took.Round(time.Millisecond))
 	b.complain(it, c)
 	if b.Unordered {
 		b.printItem(it)
@@ -252,16 +302,23 @@ func (b *batch) abandon() {
 	}
 }
 
-// printItem prints a reply with a separator at its end, or several frames as a single request does.
+// printItem prints and logs a reply, with a separator at its end, or several frames as a single
+// request does.
 func (b *batch) printItem(it *item) {
-	for _, frame := range it.output {
+	if it.call == nil {
+		return
+	}
+	output := it.call.reply.Output
+	for _, frame := range output {
 		b.stdout.Write(frame)
 		complete := bytes.HasSuffix(frame, []byte("\n")) || len(frame) == 0
-		if b.Null || !complete || len(it.output) > 1 {
+		if b.Null || !complete || len(output) > 1 {
 			b.stdout.Write(b.separator())
 		}
 	}
-	it.output = nil
+	b.log.add(it)
+	b.unprintedSize -= sizeOf(output)
+	it.call = nil
 }
 
 // flush writes what was printed, and then the log of what is thus done.
@@ -269,7 +326,7 @@ func (b *batch) flush() error {
 	if err := b.stdout.Flush(); err != nil {
 		return outputFailure(err)
 	}
-	return outputFailure(b.log.Flush())
+	return outputFailure(b.log.flush())
 }
 
 // complain prints the standard error of a service and the failure of a request, with its line.
@@ -310,7 +367,7 @@ func (it *item) subject() string {
 func (b *batch) progress() string {
 	elapsed := time.Since(b.begin)
 	rate := float64(b.done) / elapsed.Seconds()
-	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.summary(), len(b.begun)-len(b.client.caller.pausing), rate)
+	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.summary(), b.client.inFlight(), rate)
 	if left := int(b.total.Load()) - b.skipped - b.done; left > 0 && rate > 0 {
 		seconds := time.Duration(float64(left) / rate * float64(time.Second))
 		text += fmt.Sprintf(", %v left", seconds.Round(time.Second))
@@ -370,99 +427,6 @@ func readLines(stop context.Context, file io.Reader, terminator byte, wake func(
 		}
 	}()
 	return lines, total
-}
-
-// A jobLog is a file with a line for each request that ended, so that one that ended with status
-// 0 need not be made again.
-type jobLog struct {
-	file *os.File // nil to log nothing
-	*bufio.Writer
-	done map[string]int // lines to skip, and how often
-}
-
-const jobLogHeader = "number\tstart\tseconds\tstatus\tbytes\tinput\n"
-
-// jobLogEscaper keeps a line of input in one field of one line.
-var jobLogEscaper = strings.NewReplacer("\\", "\\\\", "\t", "\\t", "\n", "\\n")
-
-// openJobLog begins a new log, or continues the one that exists. It leaves a file alone that is
-// not a job log.
-func openJobLog(path string, resume bool) (*jobLog, error) {
-	if path == "" {
-		return &jobLog{Writer: bufio.NewWriter(io.Discard)}, nil
-	}
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
-	if err != nil {
-		return nil, misuse("FILE must be writable", "--joblog: %w", err)
-	}
-	l := &jobLog{file: file, Writer: bufio.NewWriter(file), done: map[string]int{}}
-	info, err := file.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		l.WriteString(jobLogHeader)
-		return l, err
-	}
-	length, err := l.load(resume)
-	if err != nil {
-		return nil, fmt.Errorf("--joblog: %w", err)
-	}
-	if length == 0 {
-		l.WriteString(jobLogHeader)
-	}
-	_, err = file.Seek(length, io.SeekStart)
-	return l, errors.Join(file.Truncate(length), err)
-}
-
-// load reads which lines are done, and returns the length of the log to continue. It drops a last
-// line that is incomplete.
-func (l *jobLog) load(resume bool) (length int64, err error) {
-	r := bufio.NewReader(l.file)
-	header, err := r.ReadString('\n')
-	switch {
-	case err == io.EOF && strings.HasPrefix(jobLogHeader, header):
-		return 0, nil
-	case err != nil && err != io.EOF:
-		return 0, err
-	case header != jobLogHeader:
-		return 0, misuse("use another FILE", "%s exists and is not a job log", l.file.Name())
-	case !resume:
-		return 0, nil
-	}
-	length = int64(len(header))
-	for {
-		text, err := r.ReadString('\n')
-		if err == io.EOF {
-			return length, nil
-		}
-		if err != nil {
-			return 0, err
-		}
-		length += int64(len(text))
-		fields := strings.SplitN(strings.TrimSuffix(text, "\n"), "\t", 6)
-		if len(fields) == 6 && fields[3] == "0" {
-			l.done[fields[5]]++
-		}
-	}
-}
-
-// skip tells whether a line need not be done again, once for each time that it was done.
-func (l *jobLog) skip(line []byte) bool {
-	if len(l.done) == 0 {
-		return false
-	}
-	input := jobLogEscaper.Replace(string(line))
-	if l.done[input] == 0 {
-		return false
-	}
-	l.done[input]--
-	return true
-}
-
-func (l *jobLog) add(it *item, c *call) {
-	if l.file == nil {
-		return
-	}
-	fmt.Fprintf(l, "%d\t%.3f\t%.3f\t%d\t%d\t%s\n", it.number, float64(it.begin.UnixMicro())/1e6,
-		time.Since(it.begin).Seconds(), c.status(), sizeOf(c.reply.Output), jobLogEscaper.Replace(string(it.line)))
 }
 
 // A statusLine shows a person at a terminal what is going on, until it is hidden.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ type call struct {
 	body    [][]byte
 	timeout time.Duration // of each try; 0 for none
 	retries int           // how often it is tried again after a temporary failure
+	patient bool          // while the broker refuses it, it is sent again within its timeout
 
 	ended bool
 	reply Reply
@@ -24,8 +26,10 @@ type call struct {
 	number      int    // in the order of begin
 	correlation string // the frame by which the reply to this try is known, or empty
 	tries       int
+	refusals    int       // of this try
 	cancelling  bool      // the broker was asked to drop it
-	due         time.Time // the end of its timeout or of its pause; zero for never
+	due         time.Time // the end of its timeout; zero for never
+	resume      time.Time // the end of its pause
 }
 
 // status returns the exit status that the end of the call means.
@@ -49,8 +53,10 @@ func (c *call) temporary() bool {
 // itself at once.
 func (c *call) mayQueue() bool { return !isManagement(c.service) }
 
-// overdue tells whether the timeout or the pause of the call is over.
-func (c *call) overdue(now time.Time) bool { return !c.due.IsZero() && !now.Before(c.due) }
+// refused tells whether the broker itself refused the call, so that it has certainly not begun.
+func (c *call) refused() bool {
+	return c.err == nil && c.reply.FromBroker && c.reply.Status == exitTemporary
+}
 
 // Why a call has no reply.
 var (
@@ -62,15 +68,16 @@ var (
 	errProtocol = &failure{status: exitProtocol, err: errors.New("bad reply"), hint: "is that an MDP/0.1 broker?"}
 
 	errCancelled     = errors.New("cancelled")
-	errNoCorrelation = errors.New("it does not tell which request it is for; use --jobs 1 with this broker")
+	errNoCorrelation = errors.New("it does not tell which request it is for")
 )
 
-// A caller makes the calls of a Client. It is a state machine that knows no socket and no clock:
+// A caller makes calls over one connection. It is a state machine that knows no socket and no clock:
 // the loop around it calls a method for each event. The loop also opens a connection when
 // needsConnection says so, and closes its own when the caller has dropped it.
 //
 // A call waits until the connection takes it, is then in flight, and ends once, with a reply or
-// an error. After a temporary failure it pauses before its next try, if it has one left.
+// an error. After a temporary failure it pauses before its next try, if it has one left, and so it
+// does if it is patient and the broker has refused it.
 type caller struct {
 	endpoint string // for errors
 
@@ -96,6 +103,7 @@ type connection struct {
 	inFlight  map[string]*call // by correlation
 	cancels   int              // that the broker has not confirmed
 	closing   time.Time        // when it is closed even if cancels are left; zero while it takes calls
+	draining  bool             // the broker is about to stop, and would refuse what is sent to it
 	failed    *call            // ends when the connection is closed; only without correlation
 }
 
@@ -116,12 +124,17 @@ func (r *caller) try(c *call, now time.Time) {
 		// What still comes for an earlier try must not end this one.
 		c.correlation = fmt.Sprintf("%d.%d", c.number, c.tries)
 	}
-	c.due = time.Time{}
+	c.refusals, c.due = 0, time.Time{}
 	if c.timeout > 0 {
 		c.due = now.Add(c.timeout)
 		r.due = earlier(r.due, c.due)
 	}
 	r.waiting = append(r.waiting, c)
+}
+
+// busy tells whether the caller has calls.
+func (r *caller) busy() bool {
+	return len(r.waiting)+len(r.pausing) > 0 || r.conn != nil && len(r.conn.inFlight) > 0
 }
 
 // needsConnection tells whether calls wait for a connection.
@@ -135,7 +148,7 @@ func (r *caller) open(send func(frames [][]byte) error) {
 // flush sends the calls that wait, as long as the connection takes them. It tells whether to call
 // it again when the connection takes messages again.
 func (r *caller) flush() (blocked bool) {
-	for len(r.waiting) > 0 && r.takesCalls() {
+	for len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) {
 		c := r.waiting[0]
 		err := r.send(c.service, c.body, c.correlation)
 		if err == errWouldBlock {
@@ -153,8 +166,10 @@ func (r *caller) flush() (blocked bool) {
 	return false
 }
 
-func (r *caller) takesCalls() bool {
-	return r.conn != nil && r.conn.closing.IsZero() && (r.correlated || len(r.conn.inFlight) == 0)
+// takesCalls tells whether another call may be sent over the connection, which may be nil: then it is
+// still to be opened.
+func (k *connection) takesCalls(correlated bool) bool {
+	return k == nil || k.closing.IsZero() && !k.draining && (correlated || len(k.inFlight) == 0)
 }
 
 // setConnected is called when the broker is there. From now on a call is either answered over this
@@ -169,10 +184,9 @@ func (r *caller) setConnected() {
 	}
 }
 
-// release frees the body of a call that was sent and has no further try: the reply may need the
-// memory.
+// release frees the body of a call that was sent and is not sent again: the reply may need the memory.
 func (c *call) release() {
-	if c.tries > c.retries {
+	if c.tries > c.retries && !c.patient {
 		length := sizeOf(c.body)
 		c.body = nil
 		freeMemory(length)
@@ -190,7 +204,7 @@ func (r *caller) send(service string, body [][]byte, correlation string) error {
 // sendCancel asks the broker to drop a request if it has not begun, or all of them if the
 // correlation is empty.
 func (r *caller) sendCancel(correlation string) {
-	if err := r.send(mmiCancel, nil, correlation); err == nil {
+	if err := r.send(mmiCancel, emptyBody, correlation); err == nil {
 		r.conn.cancels++
 	}
 }
@@ -228,7 +242,11 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 	case string(m.Service) != c.service:
 		r.end(c, Reply{}, fmt.Errorf("%w from %s: it is from service %q", errProtocol, r.endpoint, m.Service), now)
 	default:
-		r.end(c, ParseReply(m.Body), nil, now)
+		reply := ParseReply(m.Body)
+		if reply.FromBroker && bytes.HasSuffix(reply.Stderr, []byte(shuttingDown+"\n")) {
+			r.conn.draining = true
+		}
+		r.end(c, reply, nil, now)
 	}
 }
 
@@ -237,7 +255,7 @@ func (r *caller) lost(now time.Time) {
 	if r.conn == nil {
 		return
 	}
-	r.conn.connected, r.conn.cancels = false, 0
+	r.conn.connected, r.conn.draining, r.conn.cancels = false, false, 0
 	r.closeIfDone(now)
 	r.fail(fmt.Errorf("%w at %s before its reply", errLost, r.endpoint), now)
 }
@@ -275,21 +293,35 @@ func (r *caller) end(c *call, reply Reply, err error, now time.Time) {
 	r.conclude(c, now)
 }
 
-// conclude ends a call, or lets it pause before its next try.
+// conclude ends a call, or lets it pause before it is sent again.
 func (r *caller) conclude(c *call, now time.Time) {
-	if c.temporary() && c.tries <= c.retries {
-		pause := backoff(c.tries)
+	var pause time.Duration
+	switch {
+	case c.patient && c.refused():
+		c.refusals++
+		pause = backoff(c.refusals)
+	case c.temporary() && c.tries <= c.retries:
+		pause = backoff(c.tries)
+	}
+	if pause > 0 {
 		pause = pause/2 + rand.N(pause/2) // Those who failed together do not come back together.
-		c.due = now.Add(pause)
-		r.due = earlier(r.due, c.due)
-		r.pausing = append(r.pausing, c)
-		if r.retrying != nil {
-			r.retrying(c, pause)
-		}
+		c.resume = now.Add(pause)
+	}
+	if pause == 0 || c.patient && c.refused() && !c.due.IsZero() && !c.resume.Before(c.due) {
+		c.ended = true
+		r.ended = append(r.ended, c)
 		return
 	}
-	c.ended = true
-	r.ended = append(r.ended, c)
+	r.due = earlier(r.due, c.resume)
+	r.pausing = append(r.pausing, c)
+	if r.retrying != nil {
+		r.retrying(c, pause)
+	}
+}
+
+// has tells whether the caller has a call that has not ended.
+func (r *caller) has(c *call) bool {
+	return r.conn != nil && r.conn.inFlight[c.correlation] == c || slices.Contains(r.waiting, c) || slices.Contains(r.pausing, c)
 }
 
 // takeEnded returns the calls that ended since the last time.
@@ -370,21 +402,22 @@ func (r *caller) tick(now time.Time) {
 // expire ends the calls whose time is over, and tries again those whose pause is over.
 func (r *caller) expire(now time.Time) {
 	r.due = time.Time{}
-	split := func(calls []*call) (rest, overdue []*call) {
+	split := func(calls []*call, due func(*call) time.Time) (rest, overdue []*call) {
 		for _, c := range calls {
-			if c.overdue(now) {
+			if t := due(c); !t.IsZero() && !now.Before(t) {
 				overdue = append(overdue, c)
 			} else {
 				rest = append(rest, c)
-				r.due = earlier(r.due, c.due)
+				r.due = earlier(r.due, t)
 			}
 		}
 		return rest, overdue
 	}
+	timeout := func(c *call) time.Time { return c.due }
 
 	var overdue, again []*call
 	if r.conn != nil {
-		if _, overdue = split(r.inFlightInOrder()); len(overdue) > 0 && !r.conn.connected {
+		if _, overdue = split(r.inFlightInOrder(), timeout); len(overdue) > 0 && !r.conn.connected {
 			// They are in the socket, from where they would go to a broker that comes later.
 			r.waiting = slices.Concat(r.inFlightInOrder(), r.waiting)
 			r.conn, overdue = nil, nil
@@ -396,7 +429,7 @@ func (r *caller) expire(now time.Time) {
 		}
 		r.end(c, Reply{}, fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout), now)
 	}
-	r.waiting, overdue = split(r.waiting)
+	r.waiting, overdue = split(r.waiting, timeout)
 	for _, c := range overdue {
 		err := fmt.Errorf("%w at %s within %v", errNoBroker, r.endpoint, c.timeout)
 		if r.conn != nil && r.conn.connected {
@@ -404,8 +437,13 @@ func (r *caller) expire(now time.Time) {
 		}
 		r.end(c, Reply{}, err, now)
 	}
-	r.pausing, again = split(r.pausing)
+	r.pausing, again = split(r.pausing, func(c *call) time.Time { return c.resume })
 	for _, c := range again {
-		r.try(c, now)
+		if c.refused() { // This is still the same try.
+			r.due = earlier(r.due, c.due)
+			r.waiting = append(r.waiting, c)
+		} else {
+			r.try(c, now)
+		}
 	}
 }

@@ -102,7 +102,7 @@ func numbered(n, service string) []string {
 	return append([]string{n}, plain(service)...)
 }
 
-var plainCancel = []string{"", "MDPC01", "mmi.cancel"}
+var plainCancel = []string{"", "MDPC01", "mmi.cancel", ""}
 
 func numberedCancel(n string) []string { return append([]string{n}, plainCancel...) }
 
@@ -324,6 +324,84 @@ func TestOnlyTemporaryFailuresAreTriedAgain(t *testing.T) {
 	}
 }
 
+// refusal is the body of a reply by which the broker itself refuses a request.
+func refusal(why string) []string {
+	return spell(Reply{Stderr: []byte("bbroker: a: " + why + "\n"), Status: 75, FromBroker: true}.Body())
+}
+
+func TestPatientCallIsSentAgainWhileTheBrokerRefusesIt(t *testing.T) {
+	f := newFakeConnection(t, true)
+	c := &call{service: "a", body: frames("body of a"), timeout: time.Second, patient: true}
+	f.begin(c, f.clock)
+	f.settle()
+	f.up()
+	for range 4 { // with pauses of 0.05 to 0.1 s, 0.1 to 0.2, 0.2 to 0.4
+		f.expect(numbered("1.1", "a"))
+		f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+		f.expectEnded()
+		before := f.clock
+		f.clock = f.deadline()
+		if pause := f.clock.Sub(before); pause < 50*time.Millisecond || pause > 400*time.Millisecond {
+			t.Errorf("the pause is %v", pause)
+		}
+		f.settle()
+		if c.refusals == 3 {
+			break
+		}
+	}
+	f.sent = nil
+	f.from("1.1", "", "MDPC01", "a", "", "", "exit status 75") // of a command
+	f.expectEnded(`a: [""] 75`)
+}
+
+func TestPatienceEndsWithTheTimeout(t *testing.T) {
+	f := newFakeConnection(t, true)
+	c := &call{service: "a", body: frames("body of a"), timeout: time.Second, patient: true}
+	f.begin(c, f.clock)
+	f.settle()
+	f.up()
+	begin := f.clock
+	for len(f.ended) == 0 {
+		f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+		if len(f.ended) == 0 {
+			f.clock = f.deadline()
+			f.settle()
+		}
+	}
+	f.expectEnded(`a: [""] 75`)
+	if took := f.clock.Sub(begin); took > time.Second {
+		t.Errorf("it ended after %v", took)
+	}
+}
+
+func TestCommandThatEndsLikeARefusalIsNotRunAgain(t *testing.T) {
+	f := newFakeConnection(t, true)
+	c := &call{service: "a", body: frames("body of a"), patient: true}
+	f.begin(c, f.clock)
+	f.settle()
+	f.from("1.1", "", "MDPC01", "a", "", "bbroker: a: the queue is full\n", "exit status 75")
+	f.expectEnded(`a: [""] 75`)
+}
+
+func TestNothingIsSentToABrokerThatIsAboutToStop(t *testing.T) {
+	f := newFakeConnection(t, true)
+	for _, service := range []string{"a", "b"} {
+		f.begin(&call{service: service, body: frames("body of " + service), patient: true}, f.clock)
+	}
+	f.settle()
+	f.up()
+	f.sent = nil
+	f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal(shuttingDown)...)...)
+	f.pass(time.Minute)
+	f.begin(&call{service: "c", body: frames("body of c"), patient: true}, f.clock)
+	f.settle()
+	f.from("2.1", "", "MDPC01", "b", "done")
+	f.expect()
+	f.breaks()
+	f.expect(numbered("1.1", "a"), numbered("3.1", "c"))
+	f.expectEnded(`b: ["done"] 0`)
+}
+
 func TestRetryHasItsWholeTimeout(t *testing.T) {
 	f := newFakeConnection(t, false)
 	f.call("a", time.Second, 1)
@@ -443,8 +521,8 @@ func TestBadRepliesEndTheCallsInFlight(t *testing.T) {
 			"a: bad reply from tcp://broker: an unexpected REQUEST",
 			"b: bad reply from tcp://broker: an unexpected REQUEST"}},
 		{"no correlation", true, []string{"", "MDPC01", "a"}, []string{
-			"a: bad reply from tcp://broker: it does not tell which request it is for; use --jobs 1 with this broker",
-			"b: bad reply from tcp://broker: it does not tell which request it is for; use --jobs 1 with this broker"}},
+			"a: bad reply from tcp://broker: it does not tell which request it is for",
+			"b: bad reply from tcp://broker: it does not tell which request it is for"}},
 		{"another service", true, []string{"2.1", "", "MDPC01", "a"}, []string{
 			`b: bad reply from tcp://broker: it is from service "a"`}},
 		{"another service", false, []string{"", "MDPC01", "b"}, []string{
@@ -533,7 +611,7 @@ func (w *clientWorld) step(what, which byte) {
 	switch what % 10 {
 	case 0, 1:
 		body := fmt.Sprint("body ", len(w.calls))
-		c := &call{service: fmt.Sprint("s", which%3), body: frames(body), timeout: time.Duration(which>>4) * time.Second, retries: int(which % 4)}
+		c := &call{service: fmt.Sprint("s", which%3), body: frames(body), timeout: time.Duration(which>>4) * time.Second, retries: int(which % 4), patient: which%8 > 3}
 		w.calls[body] = c
 		w.begin(c, w.clock)
 	case 2:
@@ -553,6 +631,8 @@ func (w *clientWorld) step(what, which byte) {
 			switch {
 			case reply[head-1] == "mmi.cancel":
 				reply = append(reply[:head], []string{"200", "404"}[what%2])
+			case which > 220:
+				reply = append(reply[:head], refusal([]string{"the queue is full", shuttingDown}[what%2])...)
 			case which > 200:
 				reply = append(reply[:head], "", "", "exit status 75")
 			default:
@@ -648,7 +728,11 @@ func (w *clientWorld) check() {
 		if n := len(places[c]) + w.ends[c]; n > 1 || n == 0 && !w.abandoned {
 			w.t.Fatalf("%+v is %q, and ended %d times", c, places[c], w.ends[c])
 		}
-		if len(places[c]) == 1 && places[c][0] != "failed" && !c.due.IsZero() && (deadline.IsZero() || deadline.After(c.due)) {
+		due := c.due
+		if len(places[c]) == 1 && places[c][0] == "pausing" {
+			due = c.resume
+		}
+		if len(places[c]) == 1 && places[c][0] != "failed" && !due.IsZero() && (deadline.IsZero() || deadline.After(due)) {
 			w.t.Fatalf("%+v is due, but tick is at %v", c, deadline)
 		}
 	}

@@ -121,7 +121,7 @@ func TestClientTakesBackWhatItGivesUp(t *testing.T) {
 			if giveUp == "stop" {
 				cancel()
 			}
-			broker.want(broker.recv(), request[0], "", "MDPC01", "mmi.cancel")
+			broker.want(broker.recv(), request[0], "", "MDPC01", "mmi.cancel", "")
 			select {
 			case err := <-ended:
 				t.Fatalf("the client did not wait for the reply to mmi.cancel: %v", err)
@@ -235,7 +235,7 @@ func TestOneOfManyThatTimesOutIsTakenBackAloneAndItsLateReplyIsDropped(t *testin
 		awaitAll(t, client, quick)
 	}()
 	first, second := broker.recv(), broker.recv()
-	broker.want(broker.recv(), first[0], first[1], "", "MDPC01", "mmi.cancel")
+	broker.want(broker.recv(), first[0], first[1], "", "MDPC01", "mmi.cancel", "")
 	broker.send(first[0], first[1], "", "MDPC01", "echo", "late")
 	broker.send(first[0], first[1], "", "MDPC01", "mmi.cancel", "404")
 	broker.send(second[0], second[1], "", "MDPC01", "echo", "reply")
@@ -271,7 +271,7 @@ func TestCancelEndsWhatHasNotBegunAndNothingElse(t *testing.T) {
 	late := beginCalls(client, 0, "not sent yet")
 	client.Cancel(late[0])
 	for _, body := range []string{"waits", "runs"} {
-		broker.want(<-received, requests[body][0], requests[body][1], "", "MDPC01", "mmi.cancel")
+		broker.want(<-received, requests[body][0], requests[body][1], "", "MDPC01", "mmi.cancel", "")
 	}
 	broker.send(requests["waits"][0], requests["waits"][1], "", "MDPC01", "mmi.cancel", "200")
 	broker.send(requests["runs"][0], requests["runs"][1], "", "MDPC01", "mmi.cancel", "404")
@@ -334,7 +334,7 @@ func TestConnectionThatBreaksWhileNothingIsInFlightFailsNoCall(t *testing.T) {
 	}
 	roundTrip(broker)
 	broker.Close()
-	for client.link.connected {
+	for client.connected() {
 		if _, err := client.Await(time.Now().Add(20 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
@@ -348,8 +348,8 @@ func TestConnectionThatBreaksWhileNothingIsInFlightFailsNoCall(t *testing.T) {
 
 func TestClientThatHasNothingToAskDoesNotConnect(t *testing.T) {
 	client := newBatchClient(t, "ipc://"+t.TempDir()+"/nobody")
-	if ended, err := client.Await(time.Now()); len(ended) > 0 || err != nil || client.link != nil {
-		t.Errorf("got %v, %v, connected: %v", ended, err, client.link != nil)
+	if ended, err := client.Await(time.Now()); len(ended) > 0 || err != nil || len(client.lanes) > 0 {
+		t.Errorf("got %v, %v, connected: %v", ended, err, len(client.lanes) > 0)
 	}
 }
 

@@ -53,7 +53,7 @@ func TestManPagesNameEveryFlagAndNoOther(t *testing.T) {
 func defaultsOf(a applet) map[string]string {
 	defaults := map[string]string{"--host": defaultHost, "--port": defaultPort}
 	if a.name == "brequest" {
-		defaults["--jobs"] = fmt.Sprint(defaultJobs)
+		defaults["--jobs"], defaults["--timeout"] = fmt.Sprint(defaultJobs), strings.TrimSuffix(defaultTimeout.String(), "m0s")
 	}
 	for _, flag := range newParser(a.new()).Model.Flags {
 		if flag.HasDefault {
@@ -79,7 +79,7 @@ func TestHelpAndManPagesStateTheDefaults(t *testing.T) {
 			t.Fatal(err)
 		}
 		for flag, value := range defaultsOf(a) {
-			if !regexp.MustCompile(`[( ]` + regexp.QuoteMeta(value) + `\)`).MatchString(help[flag]) {
+			if !regexp.MustCompile(`[( ]` + regexp.QuoteMeta(value) + `[);]`).MatchString(help[flag]) {
 				t.Errorf("%s %s: the default is %s, but the help has %q", a.name, flag, value, help[flag])
 			}
 			entry := regexp.MustCompile(`(?m)^\.It .*Fl -` + flag[2:] + `( .*)?\n(?:[^.].*\n|\.[^I].*\n)*`).FindString(string(page))

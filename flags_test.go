@@ -88,7 +88,7 @@ func parseTimeout(t *testing.T, text string) (time.Duration, error) {
 	t.Helper()
 	var tool requestTool
 	_, err := newParser(&tool).Parse([]string{"--timeout=" + text, "name"})
-	return tool.Timeout, err
+	return tool.timeout(), err
 }
 
 func TestFlagsEndAtTheFirstArgument(t *testing.T) {

@@ -361,7 +361,7 @@ func startService(t testing.TB, endpoint string, handler Handler) (stop func()) 
 // newBatchClient returns a client that can have many requests in flight.
 func newBatchClient(t *testing.T, endpoint string) *Client {
 	client := NewClient(context.Background(), endpoint)
-	client.caller.correlated = true
+	client.Correlate()
 	t.Cleanup(client.Disconnect)
 	return client
 }

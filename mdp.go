@@ -170,7 +170,7 @@ func isProtocol(frame []byte) bool {
 const (
 	mmiPrefix   = "mmi."
 	mmiService  = "mmi.service"  // body: a service name; reply: found or not found
-	mmiServices = "mmi.services" // reply: a table of the services
+	mmiServices = "mmi.services" // reply: a table of the services, which begins with servicesHeader
 	mmiMetrics  = "mmi.metrics"  // reply: Prometheus' text format
 	mmiCancel   = "mmi.cancel"   // drops the waiting requests of the client; reply: found or not found
 
@@ -179,6 +179,16 @@ const (
 	mmiNotFound       = "404"
 	mmiNotImplemented = "501"
 )
+
+// servicesHeader begins the reply of our broker to mmi.services.
+const servicesHeader = "service\tworkers\tidle\twaiting\tin flight\tserved\tfailed\n"
+
+// emptyBody is the body of a request to the broker itself that needs none. Some brokers die of a
+// request without a body.
+var emptyBody = [][]byte{{}}
+
+// shuttingDown is the reason of a broker that refuses requests because it is about to stop.
+const shuttingDown = "the broker is shutting down"
 
 // isManagement tells whether a name is one of the broker's own services.
 func isManagement(name string) bool { return strings.HasPrefix(name, mmiPrefix) }

@@ -170,30 +170,42 @@ static void trim_memory(void) {
 #endif
 }
 
-enum { READABLE = 1, MONITORED = 2, WOKEN = 4 };
+enum { READABLE = 1, MONITORED = 2 };
 
-// wait_for_events waits up to timeout milliseconds for a message, an event of the monitor or a byte
-// in the wake pipe. wanted are the ZMQ_EVENTS that the socket may have already; socket is 0 if it has
-// none. It returns which of these there may be, or a negative errno.
-static int wait_for_events(uintptr_t socket, int wanted, int fd, int monitor_fd, int wake_fd, int timeout) {
-	struct pollfd fds[] = {{fd, POLLIN, 0}, {monitor_fd, POLLIN, 0}, {wake_fd, POLLIN, 0}};
-	int events = 0, result = 0;
-	size_t size = sizeof events;
+// A waited_socket is a socket to wait for. wanted are the ZMQ_EVENTS that it may have already, 0 for
+// none. happened is what there may be afterwards.
+typedef struct { uintptr_t socket; int wanted, fd, monitor_fd, happened; } waited_socket;
+
+// wait_for_events waits up to timeout milliseconds for messages and events of the monitors of
+// sockets, and for a byte in the wake pipe. It returns whether there was one, or a negative errno.
+static int wait_for_events(waited_socket *sockets, int count, int wake_fd, int timeout) {
+	struct pollfd fds[2 * count + 1];
 	char byte;
 
-	// The descriptor tells of new events only, not of those that were there before.
-	while (socket && zmq_getsockopt((void *)socket, ZMQ_EVENTS, &events, &size) == -1)
-		if (errno != EINTR)
-			return -errno;
-	if (poll(fds, 3, events & wanted ? 0 : timeout) == -1)
+	for (int i = 0; i < count; i++) {
+		int events = 0;
+		size_t size = sizeof events;
+
+		// The descriptor tells of new events only, not of those that were there before.
+		while (sockets[i].wanted && zmq_getsockopt((void *)sockets[i].socket, ZMQ_EVENTS, &events, &size) == -1)
+			if (errno != EINTR)
+				return -errno;
+		sockets[i].happened = events & sockets[i].wanted ? READABLE : 0;
+		if (sockets[i].happened)
+			timeout = 0;
+		fds[2 * i] = (struct pollfd){sockets[i].fd, POLLIN, 0};
+		fds[2 * i + 1] = (struct pollfd){sockets[i].monitor_fd, POLLIN, 0};
+	}
+	fds[2 * count] = (struct pollfd){wake_fd, POLLIN, 0};
+	if (poll(fds, 2 * count + 1, timeout) == -1)
 		return errno == EINTR ? 0 : -errno;
-	if (events & wanted || fds[0].revents)
-		result |= READABLE;
-	if (fds[1].revents)
-		result |= MONITORED;
-	if (fds[2].revents && read(wake_fd, &byte, 1) == 1)
-		result |= WOKEN;
-	return result;
+	for (int i = 0; i < count; i++) {
+		if (fds[2 * i].revents)
+			sockets[i].happened |= READABLE;
+		if (fds[2 * i + 1].revents)
+			sockets[i].happened |= MONITORED;
+	}
+	return fds[2 * count].revents && read(wake_fd, &byte, 1) == 1;
 }
 */
 import "C"
@@ -225,6 +237,9 @@ type socket struct {
 	sending []byte // short frames, joined
 	drained bool   // no message is left, until fd becomes readable
 	blocked bool   // a wait ends when a message can be sent
+
+	// What the last wait found: perhaps a message, and perhaps an event of the monitor.
+	readable, monitored bool
 
 	monitor   *zmq.Socket
 	monitorFd C.int // -1 without a monitor
@@ -443,14 +458,15 @@ func (s *socket) event() (event zmq.Event, source int, err error) {
 	return event, source, nil
 }
 
-// A pollWaiter lets the goroutine that owns a socket wait for it, its monitor, a deadline and
+// A pollWaiter lets the goroutine that owns sockets wait for them, their monitors, a deadline and
 // other goroutines. It waits in poll(2), which takes a thread but wakes sooner and at less cost
 // than Go's scheduler.
 type pollWaiter struct {
-	woken atomic.Bool
-	pipe  [2]*os.File // closed when the waiter is garbage
-	fd    C.int       // of the end to read
-	err   error       // why there is no pipe
+	woken   atomic.Bool
+	pipe    [2]*os.File // closed when the waiter is garbage
+	fd      C.int       // of the end to read
+	err     error       // why there is no pipe
+	sockets []C.waited_socket
 }
 
 func newPollWaiter() *pollWaiter {
@@ -476,36 +492,41 @@ func (w *pollWaiter) Wake() {
 	}
 }
 
-// Wait returns when there may be a message to receive or an event of the monitor, when a message
-// can be sent after errWouldBlock, after a Wake, and at the deadline unless that is zero. The socket
-// may be nil.
-func (w *pollWaiter) Wait(s *socket, deadline time.Time) (readable, monitored bool, err error) {
+// Wait returns when a socket may have a message to receive or an event of its monitor, when one that
+// is blocked can send again, after a Wake, and at the deadline unless that is zero. It sets readable
+// and monitored of the sockets.
+func (w *pollWaiter) Wait(deadline time.Time, sockets ...*socket) error {
 	if w.err != nil {
-		return false, false, w.err
+		return w.err
 	}
 	timeout := C.int(-1)
 	if !deadline.IsZero() {
 		// Rounded up, or it would return too early again and again.
 		timeout = C.int(min(max(0, time.Until(deadline)+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 	}
-	handle, fd, monitorFd, wanted := C.uintptr_t(0), C.int(-1), C.int(-1), C.int(zmq.POLLIN)
-	if s != nil {
-		fd, monitorFd = s.fd, s.monitorFd
+	w.sockets = w.sockets[:0]
+	for _, s := range sockets {
+		wanted := C.int(0)
+		if !s.drained {
+			wanted |= C.ZMQ_POLLIN
+		}
 		if s.blocked {
-			wanted |= C.int(zmq.POLLOUT)
+			wanted |= C.ZMQ_POLLOUT
 		}
-		if !s.drained || s.blocked {
-			handle = s.handle
-		}
+		w.sockets = append(w.sockets, C.waited_socket{socket: s.handle, wanted: wanted, fd: s.fd, monitor_fd: s.monitorFd})
 	}
-	result := C.wait_for_events(handle, wanted, fd, monitorFd, w.fd, timeout)
-	if result < 0 {
-		return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-result))
+	woken := C.wait_for_events(unsafe.SliceData(w.sockets), C.int(len(w.sockets)), w.fd, timeout)
+	if woken < 0 {
+		return fmt.Errorf("wait for a ZeroMQ socket: %w", zmq.Errno(-woken))
 	}
-	if result&C.WOKEN != 0 {
+	if woken > 0 {
 		w.woken.Store(false)
 	}
-	return result&C.READABLE != 0, result&C.MONITORED != 0, nil
+	for i, s := range sockets {
+		s.readable = w.sockets[i].happened&C.READABLE != 0
+		s.monitored = w.sockets[i].happened&C.MONITORED != 0
+	}
+	return nil
 }
 
 // A netWaiter does the same for one socket by means of Go's network poller, so that any number
@@ -513,8 +534,8 @@ func (w *pollWaiter) Wait(s *socket, deadline time.Time) (readable, monitored bo
 type netWaiter struct {
 	socket              *socket
 	wake                chan struct{}
-	readable, monitored atomic.Bool
-	copies              []*os.File // of the descriptors, which are ZeroMQ's to close
+	readable, monitored atomic.Bool // since the last wait
+	copies              []*os.File  // of the descriptors, which are ZeroMQ's to close
 	timer               *time.Timer
 }
 
@@ -566,26 +587,28 @@ func (w *netWaiter) Wake() {
 }
 
 // Wait is like that of a pollWaiter.
-func (w *netWaiter) Wait(deadline time.Time) (readable, monitored bool, err error) {
+func (w *netWaiter) Wait(deadline time.Time) error {
+	events := zmq.State(0)
 	if !w.socket.drained {
-		events, err := w.socket.GetEvents()
-		if err != nil {
-			return false, false, fmt.Errorf("wait for a ZeroMQ socket: %w", err)
-		}
-		if events&zmq.POLLIN != 0 {
-			return true, w.monitored.Swap(false), nil
+		var err error
+		if events, err = w.socket.GetEvents(); err != nil {
+			return fmt.Errorf("wait for a ZeroMQ socket: %w", err)
 		}
 	}
-	if deadline.IsZero() {
+	switch {
+	case events&zmq.POLLIN != 0:
+	case deadline.IsZero():
 		<-w.wake
-	} else {
+	default:
 		w.timer.Reset(time.Until(deadline))
 		select {
 		case <-w.wake:
 		case <-w.timer.C:
 		}
 	}
-	return w.readable.Swap(false), w.monitored.Swap(false), nil
+	w.socket.readable = w.readable.Swap(false) || events&zmq.POLLIN != 0
+	w.socket.monitored = w.monitored.Swap(false)
+	return nil
 }
 
 // earlier returns the earlier of two times, of which a zero one is never.

@@ -50,7 +50,7 @@ func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 				}
 				var back [][]byte
 				for end := time.Now().Add(10 * time.Second); back == nil && time.Now().Before(end); {
-					if _, _, err := waiter.Wait(dealer, end); err != nil {
+					if err := waiter.Wait(end, dealer); err != nil {
 						t.Fatal(err)
 					}
 					if back, err = dealer.receive(); err != nil {

@@ -281,11 +281,10 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 		},
 	}
 	for {
-		readable, monitored, err := waiter.Wait(current.Tick(time.Now()))
-		if err != nil {
+		if err := waiter.Wait(current.Tick(time.Now())); err != nil {
 			return nil, err
 		}
-		if monitored {
+		if broker.monitored {
 			if err := broker.update(); err != nil {
 				return nil, err
 			}
@@ -293,7 +292,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 		if current.unsent() {
 			current.Flush()
 		}
-		for readable {
+		for broker.readable {
 			frames, err := broker.receive()
 			if err != nil {
 				return nil, err
