@@ -68,11 +68,16 @@ func newIdentity(name string) string {
 // setTransport sets what both ends of a connection need.
 func setTransport(s *socket, endpoint string) error {
 	return errors.Join(
-		// A host may vanish without a word; keepalive notices within two minutes.
+		// A host may vanish without a word. Keepalive notices within two minutes, but only while no
+		// data is unacknowledged; TCP_MAXRT limits how long that may be.
 		s.SetTcpKeepalive(1),
 		s.SetTcpKeepaliveIdle(60),
 		s.SetTcpKeepaliveIntvl(10),
 		s.SetTcpKeepaliveCnt(6),
+		s.SetTcpMaxrt(2*time.Minute),
+		// The kernel waits longer and longer for an answer to SYN. A connection that is begun anew
+		// every two seconds finds a network that is back.
+		s.SetConnectTimeout(2*time.Second),
 		// Only for literal addresses: with IPv6, names would resolve to IPv6 addresses first.
 		s.SetIpv6(strings.Contains(endpoint, "[")),
 	)
