@@ -70,9 +70,6 @@ func (f *brokerFlags) Validate() error {
 	return f.heartbeatFlags.Validate()
 }
 
-// silenceLimit is how long a peer may be silent, or away.
-func (f *brokerFlags) silenceLimit() time.Duration { return time.Duration(f.Liveness) * f.Heartbeat }
-
 // What a broker takes from one peer, besides the flags.
 const (
 	clientShare  = 2           // a client may hold MaxMemory divided by this, in requests and unread replies

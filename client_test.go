@@ -373,6 +373,17 @@ func TestWhatTimedOutWithoutABrokerIsNotSentToOneThatComes(t *testing.T) {
 	late.want(spell(patient[0].reply.Body()), "reply to patient")
 }
 
+func TestBatchEndsIfNoBrokerCanBeReached(t *testing.T) {
+	client := NewClient(context.Background(), "ipc://"+t.TempDir()+"/nobody")
+	defer client.Disconnect()
+	client.reachLimit = 200 * time.Millisecond
+	begin := time.Now()
+	err := client.do(&call{service: "echo"}, func() time.Time { return time.Time{} })
+	if !errors.Is(err, errNoBroker) || time.Since(begin) < client.reachLimit {
+		t.Errorf("got %v after %v, want errNoBroker", err, time.Since(begin))
+	}
+}
+
 func TestBrokerThatKnowsNoAddressStacksIsDetected(t *testing.T) {
 	broker, endpoint := bindPeer(t)
 	client := newBatchClient(t, endpoint)

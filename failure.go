@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"strconv"
@@ -89,10 +91,11 @@ func printOutput(text string) error {
 type console struct {
 	name           string // of the tool
 	quiet, verbose bool
+	log            io.Writer // used instead of standard error, unless it is nil
 }
 
 func (c console) errorf(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "%s: %s\n", c.name, fmt.Sprintf(format, args...))
+	fmt.Fprintf(cmp.Or[io.Writer](c.log, os.Stderr), "%s: %s\n", c.name, fmt.Sprintf(format, args...))
 }
 
 // infof prints what -q silences.
@@ -125,8 +128,12 @@ func (c console) report(err error) *failure {
 }
 
 // A logWriter writes to a file from a goroutine of its own, so that a reader of the file that is slow
-// or gone does not hold up those who log. It drops what its buffer has no room for, and says so.
+// or gone does not hold up those who log. It drops what its buffer has no room for, and says so. A
+// regular file has no reader to wait for, and is written to at once.
 type logWriter struct {
+	file    *os.File
+	regular bool
+
 	mu      sync.Mutex
 	filled  sync.Cond // buffer is not empty, or the writer is closed
 	buffer  []byte
@@ -138,8 +145,11 @@ type logWriter struct {
 const logBuffer = 1 << 20 // bytes
 
 func newLogWriter(file *os.File) *logWriter {
-	w := &logWriter{done: make(chan struct{})}
+	w := &logWriter{file: file, done: make(chan struct{})}
 	w.filled.L = &w.mu
+	if info, err := file.Stat(); err == nil {
+		w.regular = info.Mode().IsRegular()
+	}
 	// A write to a closed pipe fails then, and does not end the process. Commands do not inherit
 	// this, as they would inherit a signal that is ignored.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
@@ -170,6 +180,10 @@ func (w *logWriter) next() []byte {
 
 // Write never waits and never fails.
 func (w *logWriter) Write(p []byte) (int, error) {
+	if w.regular {
+		w.file.Write(p)
+		return len(p), nil
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.buffer)+len(p) > logBuffer {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -87,6 +88,90 @@ func TestBusyWorkerThatIsStoppedFailsItsClientAndComesBackWhenItGoesOn(t *testin
 	s.expect("hang", []string{"again"}, "done")
 	if runs := s.runs("runs"); !slices.Equal(runs, []string{"again", "once"}) {
 		t.Errorf("the runs are %q", runs)
+	}
+}
+
+func TestRequestThatAStoppedIdleWorkerWasGivenFailsAndNeverRuns(t *testing.T) {
+	s := newSystem(t)
+	victim := s.startShellService("record", `echo "$1" >>runs; printf %s "$1"`)
+	s.waitForMetric("backbone_idle_workers", 1)
+	victim.signal(syscall.SIGSTOP)
+	if got := s.start("brequest", "record", "nobodys").waitForExit(); got != 69 {
+		t.Errorf("status %d, want 69", got)
+	}
+	victim.signal(syscall.SIGCONT)
+	victim.waitForLines(1, "is ready")
+	s.expect("record", []string{"mine"}, "mine")
+	if runs := s.runs("runs"); !slices.Equal(runs, []string{"mine"}) {
+		t.Errorf("the runs are %q", runs)
+	}
+}
+
+func TestServiceWhoseLogIsNotReadGoesOn(t *testing.T) {
+	s := newSystem(t)
+	for _, name := range []string{"closed", "full"} {
+		reader, writer, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer reader.Close()
+		service := exec.Command("bservice", "-v", "--heartbeat", "100ms", name, "sh", "-c", "head -c 100000 /dev/zero >&2; echo done")
+		service.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint, "GORACE=atexit_sleep_ms=0")
+		service.Stderr = writer
+		if name == "closed" {
+			reader.Close()
+		}
+		if err := service.Start(); err != nil {
+			t.Fatal(err)
+		}
+		writer.Close()
+		for range 20 {
+			s.expect(name, nil, "done\n")
+		}
+		service.Process.Signal(syscall.SIGTERM)
+		if err := service.Wait(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestBatchThatIsKilledHasLoggedOnlyWhatItHasPrinted(t *testing.T) {
+	s := newSystem(t)
+	fifo := newFifo(t)
+	s.start("bservice", "--heartbeat", "100ms", "-j4", "slow", "sh", "-c", `[ "$1" != 1 ] || [ -e go ] || read x <`+fifo+`; echo "$1"`, "sh")
+	batch := func(more ...string) *exec.Cmd {
+		c := exec.Command("brequest", append(more, "--each", "-j4", "--joblog", "log", "slow")...)
+		c.Dir, c.Env = s.dir, append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+		c.Stdin = strings.NewReader("0\n1\n2\n3\n4\n5\n")
+		return c
+	}
+	killed := batch()
+	var printed strings.Builder
+	killed.Stdout = &printed
+	if err := killed.Start(); err != nil {
+		t.Fatal(err)
+	}
+	s.waitForMetric("backbone_replies_total", 5)
+	if second := batch(); second.Run() == nil || second.ProcessState.ExitCode() != 75 {
+		t.Errorf("a second batch with the same log: %v, want status 75", second.ProcessState)
+	}
+	killed.Process.Kill()
+	killed.Wait()
+	if printed.String() != "0\n" {
+		t.Fatalf("printed %q, want line 0", &printed)
+	}
+	released := errors.Join(os.WriteFile(filepath.Join(s.dir, "go"), nil, 0o600), os.WriteFile(fifo, []byte("go\n"), 0))
+	if released != nil {
+		t.Fatal(released)
+	}
+	output, err := batch("--resume").Output()
+	if string(output) != "1\n2\n3\n4\n5\n" || err != nil {
+		t.Errorf("resumed: %q, %v, want the other lines", output, err)
+	}
+	other := exec.Command("brequest", "--each", "--joblog", "log", "--resume", "other")
+	other.Dir, other.Env = s.dir, append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+	if said, _ := other.CombinedOutput(); other.ProcessState.ExitCode() != 64 || !strings.Contains(string(said), "the log of the service slow, not of other") {
+		t.Errorf("another service: %v, %q, want status 64", other.ProcessState, said)
 	}
 }
 

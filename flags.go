@@ -33,7 +33,7 @@ const (
 )
 
 func (f *commonFlags) console(name string) console {
-	return console{name, f.Quiet, f.Verbose}
+	return console{name: name, quiet: f.Quiet, verbose: f.Verbose}
 }
 
 const endpointForm = "tcp://HOST:PORT or ipc:///PATH"
@@ -101,6 +101,9 @@ func (f *heartbeatFlags) Validate() error {
 	}
 	return nil
 }
+
+// silenceLimit is how long a peer may be silent, or away.
+func (f *heartbeatFlags) silenceLimit() time.Duration { return time.Duration(f.Liveness) * f.Heartbeat }
 
 type (
 	helpFlag    bool

@@ -91,6 +91,22 @@ func parseTimeout(t *testing.T, text string) (time.Duration, error) {
 	return tool.timeout(), err
 }
 
+func TestRequestsOfABatchHaveNoTimeoutUnlessItIsGiven(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		want time.Duration
+	}{
+		{[]string{"svc"}, 30 * time.Second},
+		{[]string{"--each", "svc"}, 0},
+		{[]string{"--each", "-t", "3", "svc"}, 3 * time.Second},
+	} {
+		var tool requestTool
+		if _, err := newParser(&tool).Parse(test.args); err != nil || tool.timeout() != test.want {
+			t.Errorf("%q: %v, %v, want %v", test.args, tool.timeout(), err, test.want)
+		}
+	}
+}
+
 func TestFlagsEndAtTheFirstArgument(t *testing.T) {
 	for _, test := range []struct {
 		args []string

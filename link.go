@@ -20,6 +20,7 @@ type link struct {
 	*socket
 	connected bool // the broker is there
 	broken    bool // it was, and the connection broke
+	source    int  // the descriptor of the connection, or -1
 }
 
 // dial connects a tool to a broker. When ctx is done, it stops looking up the name of the host.
@@ -40,7 +41,7 @@ func dial(ctx context.Context, name, endpoint string, options ...func(*socket) e
 		s.SetReconnectIvl(20*time.Millisecond),
 		s.SetReconnectIvlMax(time.Second),
 		setTransport(s, endpoint),
-		s.watch(zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
+		s.watch(zmq.EVENT_CONNECTED|zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
 	)
 	// The high-water marks stay at 1000 messages, far from what a request at a time and some
 	// heartbeats need.
@@ -55,7 +56,7 @@ func dial(ctx context.Context, name, endpoint string, options ...func(*socket) e
 		s.Close()
 		return nil, misuse("an endpoint is "+endpointForm, "connect %s: %w", endpoint, err)
 	}
-	return &link{socket: s}, nil
+	return &link{socket: s, source: -1}, nil
 }
 
 // newIdentity returns an identity that is never used again. It is printable and tells who has
@@ -104,17 +105,22 @@ func (l *link) receive() ([][]byte, error) {
 // received.
 func (l *link) update() error {
 	for {
-		event, _, err := l.event()
+		event, source, err := l.event()
 		switch {
 		case err != nil || event == 0:
 			return err
+		case event == zmq.EVENT_CONNECTED:
+			l.source = source
 		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
 			l.connected = true
-		case l.connected:
-			l.connected, l.broken = false, true
+		default:
+			l.connected, l.broken, l.source = false, l.broken || l.connected, -1
 		}
 	}
 }
+
+// received returns the number of bytes that came over the connection, or 0 if that is unknown.
+func (l *link) received() uint64 { return bytesReceived(l.source) }
 
 // lookUp replaces the name of a host in an endpoint by its address. ZeroMQ would look it up by
 // means of glibc, which a static binary lacks, and would not report a name that does not exist.

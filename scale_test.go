@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,6 +28,7 @@ func TestAtScale(t *testing.T) {
 		{"the number of open descriptors stays the same", numberOfOpenDescriptorsStaysTheSame},
 		{"100,000 lines come out in order and take no more memory than 2,000", manyLinesComeOutInOrderAndTakeLittleMemory},
 		{"with --retries no line is lost when workers are killed", linesSurviveKilledWorkers},
+		{"no line is lost or runs twice when the broker is restarted", linesSurviveRestartedBrokers},
 	} {
 		t.Run(test.name, test.run)
 	}
@@ -210,5 +212,32 @@ func linesSurviveKilledWorkers(t *testing.T) {
 	f.end()
 	if s.metric("backbone_lost_workers_total") == 0 {
 		t.Error("no worker was lost")
+	}
+}
+
+func linesSurviveRestartedBrokers(t *testing.T) {
+	const total, restarts = 6000, 2
+	s := newSystem(t)
+	s.start("bservice", "--heartbeat", "100ms", "-j4", "--coproc", "record", "sh", "-c", `while read -r x; do echo "$x" >>runs; echo "$x"; done`)
+	f := startFilter(t, s, "record")
+	for n := range restarts {
+		passed := make(chan struct{})
+		go func() {
+			defer close(passed)
+			f.pass(n*total/restarts+1, (n+1)*total/restarts)
+		}()
+		for s.metric("backbone_replies_total") < total/restarts/2 {
+		}
+		s.broker.signal(syscall.SIGTERM)
+		if got := s.broker.waitForExit(); got != 0 {
+			t.Errorf("the broker ended with status %d", got)
+		}
+		s.broker = s.start("bbroker", "--heartbeat", "100ms")
+		<-passed
+	}
+	f.end()
+	runs := s.runs("runs")
+	if different := len(slices.Compact(slices.Clone(runs))); len(runs) != total || different != total {
+		t.Errorf("%d runs of %d lines, want %d", len(runs), different, total)
 	}
 }

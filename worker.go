@@ -36,6 +36,7 @@ and its exit status.
       --coproc           run COMMAND once per job: each request is a line of its input,
                          with tabs between arguments; each line of its output, a reply
   -0, --null             with --coproc: NUL bytes end requests and replies, not newlines
+      --skip-lines N     with --coproc: skip the first N lines that COMMAND prints (0)
       --cwd DIR          run COMMAND in DIR
       --env NAME=VALUE   set a variable for COMMAND; may be repeated
       --grace DURATION   when stopped, let commands run this much longer (10s)
@@ -77,12 +78,13 @@ type serviceTool struct {
 	commonFlags
 	heartbeatFlags
 	commandFlags
-	Jobs    int `short:"j" default:"1"`
-	Coproc  bool
-	Null    bool          `short:"0"`
-	Grace   time.Duration `default:"10s"`
-	Name    string        `arg:"" optional:""`
-	Command operands      `arg:"" optional:"" passthrough:"partial"`
+	Jobs      int `short:"j" default:"1"`
+	Coproc    bool
+	Null      bool          `short:"0"`
+	SkipLines int           `default:"0"`
+	Grace     time.Duration `default:"10s"`
+	Name      string        `arg:"" optional:""`
+	Command   operands      `arg:"" optional:"" passthrough:"partial"`
 }
 
 // Validate checks the flags of both groups: each has its own Validate.
@@ -123,7 +125,9 @@ func (t *serviceTool) Run() error {
 		func(second os.Signal) { endNow(signalled(second)) },
 	)()
 
-	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Abort: abort, commandFlags: t.commandFlags}
+	stderr := newLogWriter(os.Stderr)
+	defer stderr.Close()
+	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Abort: abort, Log: stderr, commandFlags: t.commandFlags}
 	if err := command.find(); err != nil {
 		return err
 	}
@@ -137,6 +141,7 @@ func (t *serviceTool) Run() error {
 	defer zmq.Term() // waits until the last reply and DISCONNECT have left
 
 	c := t.console("bservice")
+	c.log = stderr
 	c.infof("%s runs %s", t.Name, strings.Join(t.Command, " "))
 	ended := make(chan error)
 	for range t.Jobs {
@@ -171,6 +176,10 @@ func (t *serviceTool) check() error {
 		return misuse("0 is one per core", "--jobs must be 0 to %d, not %d", maxServiceJobs, t.Jobs)
 	case t.Null && !t.Coproc:
 		return misuse("NUL bytes end the requests of a coprocess", "--null needs --coproc")
+	case t.SkipLines < 0:
+		return misuse("--skip-lines 1", "--skip-lines must be 0 or more, not %d", t.SkipLines)
+	case t.SkipLines > 0 && !t.Coproc:
+		return misuse("it is for the first lines of a coprocess", "--skip-lines needs --coproc")
 	case t.Coproc && t.Stdin:
 		return misuse("a request is a line of its input", "--coproc and --stdin can't be used together")
 	case t.Coproc && t.Stderr == "reply":
@@ -183,7 +192,8 @@ func (t *serviceTool) check() error {
 func (t *serviceTool) serve(stop context.Context, job *Service, command *CmdService) error {
 	job.Handler = command.Handle
 	if t.Coproc {
-		process := &coprocess{CmdService: command, console: t.console("bservice"), terminator: '\n'}
+		process := &coprocess{CmdService: command, console: t.console("bservice"), terminator: '\n', skipLines: t.SkipLines}
+		process.log = command.Log
 		if t.Null {
 			process.terminator = 0
 		}
@@ -271,8 +281,9 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 
 	replies := make(chan [][]byte, 1)
 	current := &session{
-		Service: s,
-		send:    broker.send,
+		Service:  s,
+		send:     broker.send,
+		received: broker.received,
 		start: func(token string, body [][]byte) {
 			go func() {
 				replies <- s.answer(token, body)
@@ -306,6 +317,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 			broker.broken = false // ZeroMQ connects again.
 			current.Lose()
 		}
+		current.Start(time.Now())
 		select {
 		case body := <-replies:
 			length := sizeOf(body)

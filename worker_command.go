@@ -55,6 +55,7 @@ type CmdService struct {
 	Endpoint string
 	Command  operands        // {} stands for the frames of the request, else they follow at the end
 	Abort    context.Context // when done, running commands are ended
+	Log      io.Writer       // of the standard error of commands; nil is that of this process
 	commandFlags
 }
 
@@ -179,7 +180,7 @@ func (p *process) signalGroup(s syscall.Signal) error {
 
 // redirect sends what the process prints where --stderr wants it.
 func (c *CmdService) redirect(p *process, stdout output) {
-	p.stdout, p.stderr = stdout, &tailBuffer{log: os.Stderr}
+	p.stdout, p.stderr = stdout, &tailBuffer{log: cmp.Or[io.Writer](c.Log, os.Stderr)}
 	if c.Stderr == "reply" {
 		p.stderr = newLimitedBuffer(c.MaxOutput, p.end)
 	}
@@ -320,13 +321,18 @@ type coprocess struct {
 	*CmdService
 	console
 	terminator byte // ends lines: a newline or NUL
+	skipLines  int  // that each process prints before it is ready
 
 	running  *process // nil before the first one, and after one was reaped
 	stdin    io.WriteCloser
 	output   *lineOutput
-	answered bool // running has answered a request
+	last     Reply // of the last process that was reaped, or could not be started
 	restarts restartLimit
 }
+
+// quietStart is how long a process has to be silent before it gets its first request: what it prints
+// by itself must not be taken for a reply.
+const quietStart = 100 * time.Millisecond
 
 // Handle writes a line to the process and waits for one.
 func (c *coprocess) Handle(token string, body [][]byte) Reply {
@@ -334,32 +340,30 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 	if err != nil {
 		return c.refusal(cannotRun(err))
 	}
-	if f := c.ensureRunning(); f != nil {
-		return c.refusal(f)
+	if !c.ensureRunning() {
+		return c.last
 	}
 	if stderr, ok := c.running.stderr.(*tailBuffer); ok {
 		stderr.Reset() // It is about earlier requests.
 	}
 	defer c.limitTime(c.running)()
+	c.output.await()
 	// The process may print while it reads: a long line does not fit into the pipe.
 	go func(stdin io.Writer) { stdin.Write(line) }(c.stdin)
+	var output []byte
 	select {
-	case reply := <-c.output.lines:
-		return c.accept(reply)
+	case output = <-c.output.lines:
 	case <-c.running.ctx.Done():
+		output = c.output.last()
 	case <-c.running.ended:
-		select {
-		case reply := <-c.output.lines: // printed right before it ended
-			return c.accept(reply)
-		default:
-		}
+		output = c.output.last()
 	}
-	return c.reap()
-}
-
-func (c *coprocess) accept(line []byte) Reply {
-	c.answered, c.restarts = true, restartLimit{}
-	return Reply{Output: [][]byte{line}}
+	if output == nil {
+		c.reap()
+		return c.last
+	}
+	c.restarts = restartLimit{}
+	return Reply{Output: [][]byte{output}}
 }
 
 // line returns a request as the process reads it.
@@ -380,46 +384,89 @@ func (c *coprocess) line(body [][]byte) ([]byte, error) {
 }
 
 // open starts the process before the first request needs it.
-func (c *coprocess) open() {
-	if f := c.ensureRunning(); f != nil {
-		c.errorf("%s: %v", c.Name, f)
-	}
-}
+func (c *coprocess) open() { c.ensureRunning() }
 
-// ensureRunning starts a process unless one is running that can take a request.
-func (c *coprocess) ensureRunning() *failure {
-	if p := c.running; p != nil {
-		select {
-		case <-c.output.lines:
-			p.end(&failure{status: exitProtocol, err: errors.New("ended because it printed a line that no request asked for")})
-		case <-p.ctx.Done():
-		case <-p.ended:
-		default:
-			return nil
+// ensureRunning starts a process unless one is running that can take a request. If there is none, last
+// is the reply to a request.
+func (c *coprocess) ensureRunning() bool {
+	if c.running != nil && !c.over() {
+		return true
+	}
+	if c.running != nil {
+		if c.reap(); c.last.Status == exitProtocol {
+			return false // It may have been out of step for longer.
 		}
-		c.reap()
 	}
 	if pause := time.Until(c.restarts.next); pause > 0 {
-		err := fmt.Errorf("%s ends again and again; it is started again in %v", c.Command[0], pause.Round(time.Millisecond))
-		return &failure{status: exitTemporary, err: err}
+		switch c.last.Status {
+		case exitProtocol, exitCannotRun, exitNotFound: // It would end in the same way.
+		default:
+			err := fmt.Errorf("%s ends again and again; it is started again in %v", c.Command[0], pause.Round(time.Millisecond))
+			c.last = c.refusal(&failure{status: exitTemporary, err: err})
+		}
+		return false
 	}
+	if err := c.launch(); err != nil {
+		f := cannotRun(err)
+		c.errorf("%s: %v", c.Name, f)
+		c.restarts.failed(time.Now())
+		c.last = c.refusal(f)
+		return false
+	}
+	if !c.becomesReady() {
+		c.reap()
+		return false
+	}
+	return true
+}
+
+// launch starts a process.
+func (c *coprocess) launch() error {
 	p := c.prepare(c.Command)
-	stdout := &lineOutput{limitedBuffer: newLimitedBuffer(c.MaxOutput, p.end), terminator: c.terminator, lines: make(chan []byte, 1)}
-	c.redirect(p, stdout)
+	output := newLineOutput(newLimitedBuffer(c.MaxOutput, p.end), c.terminator, c.skipLines)
+	c.redirect(p, output)
 	stdin, err := p.StdinPipe()
 	if err == nil {
 		err = c.start(p)
 	}
 	if err != nil {
 		p.end(nil)
-		return cannotRun(err)
+		return err
 	}
-	c.running, c.stdin, c.output, c.answered = p, stdin, stdout, false
+	c.running, c.stdin, c.output = p, stdin, output
 	return nil
 }
 
-// reap waits for the end of the process and returns the reply to its last request.
-func (c *coprocess) reap() Reply {
+// over tells whether the process has ended or has to.
+func (c *coprocess) over() bool {
+	select {
+	case <-c.running.ctx.Done():
+	case <-c.running.ended:
+	default:
+		return false
+	}
+	return true
+}
+
+// becomesReady waits until the process has printed the lines to skip and was then silent. It returns
+// false if the process is over.
+func (c *coprocess) becomesReady() bool {
+	defer c.limitTime(c.running)()
+	select {
+	case <-c.output.skipped:
+	case <-c.running.ctx.Done():
+	case <-c.running.ended:
+	}
+	select {
+	case <-time.After(quietStart):
+	case <-c.running.ctx.Done():
+	case <-c.running.ended:
+	}
+	return !c.over()
+}
+
+// reap waits for the end of the process. last becomes the reply to its last request.
+func (c *coprocess) reap() {
 	p := c.running
 	defer p.end(nil)
 	status, reason := c.wait(p)
@@ -427,11 +474,10 @@ func (c *coprocess) reap() Reply {
 		status, reason = exitUnavailable, errors.New("ended without a reply")
 	}
 	c.infof("%s: %s ended: %v", c.Name, c.Command[0], cmp.Or(reason, errors.New(p.ProcessState.String())))
-	if !c.answered {
+	if !c.output.answered {
 		c.restarts.failed(time.Now())
 	}
-	c.running = nil
-	return c.result(p, status, reason)
+	c.running, c.last = nil, c.result(p, status, reason)
 }
 
 // close lets the process end by itself at the end of its input, and otherwise ends it.
@@ -463,31 +509,88 @@ func (l *restartLimit) failed(now time.Time) {
 	}
 }
 
-// A lineOutput is the output of a coprocess, cut into replies.
+// A lineOutput is the output of a coprocess, cut into replies. Output that no request asked for ends
+// the process.
 type lineOutput struct {
 	*limitedBuffer // the line that has begun
 	terminator     byte
-	lines          chan []byte // has room for the one reply that is asked for, with its newline
+	skipped        chan struct{} // closed when there are no more lines to skip
+	lines          chan []byte   // has room for the line that is awaited, with its newline
+
+	mu       sync.Mutex
+	skip     int  // lines
+	awaited  bool // the next line is a reply
+	answered bool // there was a reply
+}
+
+func newLineOutput(buffer *limitedBuffer, terminator byte, skip int) *lineOutput {
+	o := &lineOutput{limitedBuffer: buffer, terminator: terminator, skip: skip, skipped: make(chan struct{}), lines: make(chan []byte, 1)}
+	if skip == 0 {
+		close(o.skipped)
+	}
+	return o
+}
+
+// await makes the next line a reply.
+func (o *lineOutput) await() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.awaited = true
+}
+
+// last returns the reply that came right before the end of the process, or nil.
+func (o *lineOutput) last() []byte {
+	select {
+	case line := <-o.lines:
+		return line
+	default:
+		return nil
+	}
 }
 
 func (o *lineOutput) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	line, rest, complete := bytes.Cut(p, []byte{o.terminator})
-	if complete && o.terminator == '\n' {
-		line = p[:len(line)+1]
-	}
-	n, err := o.limitedBuffer.Write(line)
-	if err != nil || !complete {
-		return n, err
-	}
-	if len(rest) == 0 {
-		select {
-		case o.lines <- o.Bytes():
-			o.limitedBuffer = newLimitedBuffer(size(o.limit), o.end)
+	for ; o.skip > 0; line, rest, complete = bytes.Cut(rest, []byte{o.terminator}) {
+		if !complete {
 			return len(p), nil
-		default:
+		}
+		if o.skip--; o.skip == 0 {
+			close(o.skipped)
 		}
 	}
-	err = &failure{status: exitProtocol, err: errors.New("ended because it printed more than one line for a request")}
-	o.end(err)
-	return len(line), err
+	switch {
+	case len(line) == 0 && !complete:
+		return len(p), nil
+	case !o.awaited:
+		return 0, o.refuse(line)
+	case complete && o.terminator == '\n':
+		line = line[:len(line)+1]
+	}
+	if _, err := o.limitedBuffer.Write(line); err != nil {
+		return 0, err
+	}
+	switch {
+	case !complete:
+		return len(p), nil
+	case len(rest) > 0:
+		return 0, o.refuse(rest)
+	}
+	o.lines <- o.Bytes()
+	o.limitedBuffer = newLimitedBuffer(size(o.limit), o.end)
+	o.awaited, o.answered = false, true
+	return len(p), nil
+}
+
+// refuse ends the process because of output that no request asked for.
+func (o *lineOutput) refuse(output []byte) error {
+	line, _, _ := bytes.Cut(output, []byte{o.terminator})
+	err := fmt.Errorf("ended because it printed a line that no request asked for: %.60q", line)
+	if !o.answered && !o.awaited {
+		err = fmt.Errorf("%w; --skip-lines skips lines at the start", err)
+	}
+	f := &failure{status: exitProtocol, err: err}
+	o.end(f)
+	return f
 }

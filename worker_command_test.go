@@ -314,8 +314,8 @@ func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
 		{"exit", []string{"", "bservice: svc: ended without a reply\n", "exit status 69"}},
 		{"exec >&-", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
 		{"read forever", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
-		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended because it printed more than one line for a request\n", "exit status 76"}},
-		{"exec yes", []string{"y\n", "bservice: svc: ended because it printed more than one line for a request\n", "exit status 76"}},
+		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended because it printed a line that no request asked for: \"two\"\n", "exit status 76"}},
+		{"exec yes", []string{"y\n", "bservice: svc: ended because it printed a line that no request asked for: \"y\"\n", "exit status 76"}},
 		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended because it printed more than --max-output 100000 bytes\n", "exit status 74"}},
 	} {
 		t.Run(test.poison, func(t *testing.T) {
@@ -331,20 +331,54 @@ func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
 	}
 }
 
-func TestLineThatNoRequestAskedForIsNobodysReply(t *testing.T) {
-	dir := t.TempDir()
-	fifo := newFifo(t)
-	c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(dir, "count"))
-	c.expectReply(t, []string{"echo first; read go <'" + fifo + "'; echo stray"}, "first\n")
-	if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
-		t.Fatal(err)
+func TestOutputThatNoRequestAskedForFailsTheNextRequestAndIsNobodysReply(t *testing.T) {
+	for output, said := range map[string]string{"echo stray": "stray", "printf half": "half", "echo": ""} {
+		fifo := newFifo(t)
+		c := newCoprocess(t, "sh", "-c", evalCoprocess, filepath.Join(t.TempDir(), "count"))
+		c.expectReply(t, []string{"echo first; read go <'" + fifo + "'; " + output}, "first\n")
+		if err := os.WriteFile(fifo, []byte("go\n"), 0); err != nil {
+			t.Fatal(err)
+		}
+		<-c.running.ended
+		c.expectReply(t, nil, "", fmt.Sprintf("bservice: svc: ended because it printed a line that no request asked for: %q\n", said), "exit status 76")
+		c.expectReply(t, nil, "2\n")
 	}
-	for len(c.output.lines) == 0 {
-		runtime.Gosched()
+}
+
+func TestBannerIsNobodysReply(t *testing.T) {
+	for _, banner := range []string{"echo Welcome", "printf Welcome"} {
+		c := newCoprocess(t, "sh", "-c", banner+"; exec cat")
+		c.open()
+		for range 3 {
+			c.expectReply(t, []string{"x"}, "", `bservice: svc: ended because it printed a line that no request asked for: "Welcome"; --skip-lines `, "exit status 76")
+		}
 	}
-	first := c.running
-	c.expectReply(t, nil, "2\n")
-	<-first.ended
+}
+
+func TestLinesToSkipAreAwaitedAtEachStart(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", `printf 'one\ntwo'; sleep 0.3; echo; read -r x; echo "$x"`)
+	c.skipLines = 2
+	c.open()
+	for range 2 {
+		c.expectReply(t, []string{"x"}, "x\n")
+		<-c.running.ended
+	}
+
+	c = newCoprocess(t, "sh", "-c", "echo one; exec cat")
+	c.skipLines = 2
+	*c.Timeout = 300 * time.Millisecond
+	c.expectReply(t, []string{"x"}, "", "bservice: svc: ended after --timeout 300ms\n", "exit status 124")
+}
+
+func TestCoprocessThatCannotBeStartedSaysSoAgain(t *testing.T) {
+	c := newCoprocess(t, "/no/such/command")
+	said := captureStderr(t, c.open)
+	if !strings.Contains(said, "no such file") {
+		t.Errorf("the log has %q", said)
+	}
+	for range 4 {
+		c.expectReply(t, nil, "", "bservice: svc: fork/exec /no/such/command: no such file or directory\n", "exit status 127")
+	}
 }
 
 func TestStandardErrorOfEarlierRequestsIsNotInAReply(t *testing.T) {

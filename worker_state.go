@@ -15,14 +15,19 @@ type session struct {
 	send  func(frames [][]byte) error
 	start func(token string, body [][]byte) // starts to work on a request; Finish takes the reply
 
+	// received returns how many bytes the broker has sent so far; 0 if that is unknown.
+	received func() uint64
+
 	over       error // why the session ended; nil while it lasts
 	registered bool
+	request    *Message // received and not started
 	working    bool
 	address    [][]byte // of the client whose request is in hand
 	reply      *Message // finished but not sent
 	due        time.Time
-	silence    int  // heartbeats since the broker was last heard
-	complained bool // about a bad message
+	silence    int    // heartbeats since the broker was last heard
+	heard      uint64 // bytes received, when the broker was last silent
+	complained bool   // about a bad message
 }
 
 // unsent tells whether Flush has something to send when the broker can be reached.
@@ -76,11 +81,27 @@ func (s *session) Receive(frames [][]byte) {
 	s.silence = 0
 	switch m.Kind {
 	case KindRequest:
-		s.address, s.working = m.Client, true
-		s.start(tokenOf(m.Client), m.Body)
+		s.request = &m
 	case KindDisconnect:
 		s.over = errors.New("the broker sent DISCONNECT")
 	}
+}
+
+// Start starts to work on a request that has come, if there is one. Call it when all that has come was
+// received: behind the request there may be a DISCONNECT.
+func (s *session) Start(now time.Time) {
+	switch {
+	case s.request == nil || s.over != nil:
+		return
+	case now.Sub(s.due) > s.silenceLimit():
+		// The broker has given up a worker that stood still for so long, and its client was told.
+		s.over = fmt.Errorf("this process stood still for %v", now.Sub(s.due).Round(time.Second))
+		s.deliver(Message{Kind: KindDisconnect})
+		return
+	}
+	m := s.request
+	s.request, s.address, s.working = nil, m.Client, true
+	s.start(tokenOf(m.Client), m.Body)
 }
 
 // tokenOf returns a printable word for the address that a broker gave a request.
@@ -91,7 +112,7 @@ func tokenOf(address [][]byte) string {
 
 // Finish takes the body of the reply to the request in hand.
 func (s *session) Finish(body [][]byte) {
-	s.working = false
+	s.working, s.silence = false, 0
 	if s.over != nil {
 		s.errorf("%s: reply dropped: %v", s.Name, s.over)
 		return
@@ -116,11 +137,20 @@ func (s *session) Tick(now time.Time) time.Time {
 		return s.due
 	}
 	s.deliver(Message{Kind: KindHeartbeat})
-	if s.busy() {
+	if s.working {
 		return s.due
 	}
-	if s.silence++; s.silence > s.Liveness {
+	if s.silence++; s.silence > 1 {
+		// A heartbeat waits behind a long frame. Bytes that arrive are a sign of life as well.
+		if n := s.received(); n != s.heard {
+			s.heard, s.silence = n, 1
+		}
+	}
+	if s.silence > s.Liveness {
 		s.over = fmt.Errorf("the broker was silent for %d heartbeats", s.Liveness)
+		if s.reply != nil {
+			s.errorf("%s: reply dropped: %v", s.Name, s.over)
+		}
 	}
 	return s.due
 }
@@ -136,11 +166,11 @@ func (s *session) Lose() {
 	}
 }
 
-// busy tells whether a request is in hand. Meanwhile neither silence nor a broken connection ends
-// the session: some brokers send no heartbeats to a busy worker, and the reply can still go out
-// over the next connection.
+// busy tells whether a request is in hand. Meanwhile a broken connection does not end the session: the
+// reply can still go out over the next one. Nor does silence while a command runs: some brokers
+// send no heartbeats to a busy worker.
 func (s *session) busy() bool {
-	return s.working || s.reply != nil
+	return s.request != nil || s.working || s.reply != nil
 }
 
 // Leave sends DISCONNECT.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"reflect"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ type fakeSession struct {
 	sent    [][]string // since the last call of expect
 	started [][]string // bodies of requests
 	failure error      // of every send
+	bytes   uint64     // received
 	clock   time.Time
 }
 
@@ -32,7 +34,8 @@ func newFakeSession(t *testing.T) *fakeSession {
 			}
 			return s.failure
 		},
-		start: func(_ string, body [][]byte) { s.started = append(s.started, spell(body)) },
+		received: func() uint64 { return s.bytes },
+		start:    func(_ string, body [][]byte) { s.started = append(s.started, spell(body)) },
 	}
 	s.Tick(s.clock)
 	return s
@@ -48,6 +51,7 @@ func (s *fakeSession) register() {
 func (s *fakeSession) from(spelled ...string) {
 	s.t.Helper()
 	s.Receive(frames(spelled...))
+	s.Start(s.clock)
 }
 
 // pass advances the clock by n heartbeat intervals.
@@ -185,6 +189,67 @@ func TestDisconnectEndsTheSession(t *testing.T) {
 		s.expectOver(true)
 		s.pass(10)
 		s.expect()
+	}
+}
+
+func TestRequestBeforeADisconnectIsNotStarted(t *testing.T) {
+	s := newFakeSession(t)
+	s.register()
+	s.Receive(frames("", "MDPW01", "\x02", "token", "", "x"))
+	s.Receive(frames("", "MDPW01", "\x05"))
+	s.Start(s.clock)
+	s.expectOver(true)
+	if s.started != nil || s.working {
+		t.Errorf("started %q", s.started)
+	}
+}
+
+func TestRequestOfAWorkerThatStoodStillIsReturnedAndNotStarted(t *testing.T) {
+	s := newFakeSession(t)
+	s.register()
+	s.clock = s.clock.Add(5 * time.Second)
+	s.from("", "MDPW01", "\x02", "token", "", "x")
+	s.expectOver(false)
+	if len(s.started) != 1 {
+		t.Fatal("a short delay kept the request from starting")
+	}
+
+	s = newFakeSession(t)
+	s.register()
+	s.clock = s.clock.Add(7 * time.Second)
+	s.from("", "MDPW01", "\x02", "token", "", "x")
+	s.expect([]string{"", "MDPW01", "\x05"})
+	s.expectOver(true)
+	if s.started != nil {
+		t.Errorf("started %q", s.started)
+	}
+}
+
+func TestBytesFromTheBrokerAreASignOfLife(t *testing.T) {
+	s := newFakeSession(t)
+	s.register()
+	for range 20 {
+		s.bytes += 1000
+		s.pass(1)
+	}
+	s.expectOver(false)
+	s.pass(6)
+	s.expectOver(true)
+}
+
+func TestReplyThatCannotBeSentEndsASilentSession(t *testing.T) {
+	s := newFakeSession(t)
+	s.register()
+	s.from("", "MDPW01", "\x02", "token", "", "x")
+	s.pass(20)
+	s.failure = errWouldBlock
+	s.Finish(frames("y"))
+	s.pass(5)
+	s.expectOver(false)
+	said := captureStderr(t, func() { s.pass(1) })
+	s.expectOver(true)
+	if !strings.Contains(said, "reply dropped") {
+		t.Errorf("the log has %q", said)
 	}
 }
 
