@@ -206,7 +206,7 @@ class Connection {
   /** Cancels the request if it has not begun. Waits for the reply, which shows that mmi.cancel was sent. */
   async cancel() {
     let timer;
-    await this.socket.send(['', CLIENT, 'mmi.cancel']);
+    await this.socket.send(['', CLIENT, 'mmi.cancel', '']);
     await Promise.race([this.arrival, new Promise(resolve => { timer = setTimeout(resolve, CANCEL_PATIENCE); })]);
     clearTimeout(timer);
   }

@@ -293,7 +293,7 @@ class BackboneClient:
         except BaseException:
             if connection.connected and not connection.lost and not _bytes(service).startswith(b'mmi.'):
                 # Cancel the request if it has not begun. The reply shows that mmi.cancel was sent.
-                socket.send_multipart([b'', CLIENT, b'mmi.cancel'])
+                socket.send_multipart([b'', CLIENT, b'mmi.cancel', b''])
                 await self._poll([socket], CANCEL_PATIENCE * 1000)
             # Close it, so that a late reply is not taken for the reply to the next request.
             connection.close()
