@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"strings"
@@ -145,9 +146,9 @@ func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
 		// The connection of a peer that sends a longer frame is closed before the frame takes
 		// memory.
 		router.SetMaxmsgsize(int64(maxMessage)),
-		router.SetBacklog(1024),
+		router.SetBacklog(spareFiles()),
 		router.SetLinger(time.Second),
-		router.watch(zmq.EVENT_DISCONNECTED|zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
+		router.watch(zmq.EVENT_ACCEPTED|zmq.EVENT_DISCONNECTED|zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
 	)
 	if err != nil {
 		router.Close()
@@ -306,6 +307,22 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 	}
 }
 
+const maxBacklog = 1024 // connections that are not accepted yet
+
+// spareFiles returns how many descriptors connections leave free. So many may be accepted at once. When
+// there is no descriptor left, ZeroMQ tries again and again to accept the next connection, and on an
+// ipc endpoint it ends the process.
+func spareFiles() int { return min(openFiles()/2, maxBacklog) }
+
+// openFiles returns how many descriptors the process may have.
+func openFiles() int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > math.MaxInt32 {
+		return math.MaxInt32
+	}
+	return int(limit.Cur)
+}
+
 // reportConnections tells the broker which connections the monitor saw break or fail.
 func reportConnections(router *socket, broker *Broker) error {
 	for {
@@ -313,6 +330,11 @@ func reportConnections(router *socket, broker *Broker) error {
 		switch {
 		case err != nil || event == 0:
 			return err
+		case event == zmq.EVENT_ACCEPTED:
+			if source >= openFiles()-spareFiles() { // It has the lowest descriptor that was free.
+				syscall.Shutdown(source, syscall.SHUT_RDWR)
+				broker.log.warn("open files", "connections refused", "why", "the limit of open files is near", "limit", openFiles())
+			}
 		case event == zmq.EVENT_DISCONNECTED:
 			broker.Disconnected(source, time.Now())
 		default:

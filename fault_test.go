@@ -418,6 +418,47 @@ func TestSecondSignalEndsTheBrokerAtOnce(t *testing.T) {
 	}
 }
 
+func TestConnectionsDoNotTakeTheLastDescriptorsOfTheBroker(t *testing.T) {
+	s := newSystemWithoutBroker(t)
+	s.broker = s.start("sh", "-c", "ulimit -n 200; exec bbroker --heartbeat 100ms --broker tcp://127.0.0.1:0 --broker $BACKBONE_BROKER >endpoints")
+	s.start("echoworker", "echo")
+	s.expect("echo", []string{"before"}, "before")
+	content, err := os.ReadFile(filepath.Join(s.dir, "endpoints"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := NewClient(context.Background(), s.endpoint)
+	defer client.Disconnect()
+	expect := func(body string) {
+		t.Helper()
+		if reply, err := client.Send("echo", frames(body), 20*time.Second); err != nil || !slices.Equal(spell(reply.Body()), []string{body}) {
+			t.Fatalf("%q, %v", spell(reply.Body()), err)
+		}
+	}
+	expect("before")
+	addresses := []string{strings.TrimPrefix(strings.Fields(string(content))[0], "tcp://"), strings.TrimPrefix(s.endpoint, "ipc://")}
+	for i, network := range []string{"tcp", "unix"} {
+		var connections []net.Conn
+		for n := range 300 {
+			if conn, err := net.Dial(network, addresses[i]); err == nil {
+				connections = append(connections, conn)
+			}
+			if n%20 == 0 {
+				expect("meanwhile")
+			}
+		}
+		if len(connections) < 150 {
+			t.Fatalf("only %d connections over %s", len(connections), network)
+		}
+		expect("meanwhile")
+		for _, conn := range connections {
+			conn.Close()
+		}
+		s.expect("echo", []string{"afterwards"}, "afterwards")
+	}
+	s.broker.waitForLines(1, "connections refused")
+}
+
 func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 	dir := t.TempDir()
 	broker := exec.Command("bbroker", "--port", "0", "--max-message", "64K", "--heartbeat", "100ms")
