@@ -1,16 +1,13 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 )
 
 // The tests in this file check what happens when a host vanishes without a word, freezes, or is
@@ -164,25 +161,6 @@ func TestBusyWorkerWhoseHostVanishesFailsItsClient(t *testing.T) {
 		t.Errorf("status %d, want 69", got)
 	}
 	if lost := n.metric("backbone_lost_workers_total"); lost != 1 {
-		t.Errorf("%d workers were lost, want 1", lost)
-	}
-}
-
-func TestIdleWorkerThatIsFrozenFailsTheNextRequest(t *testing.T) {
-	s := newSystem(t, "--heartbeat", "200ms")
-	victim := s.startShellService("echo", `printf %s "$1"`)
-	client := NewClient(context.Background(), s.endpoint)
-	defer client.Disconnect()
-	// The broker must still believe that the worker is there: the client connects beforehand.
-	if _, err := client.Send("echo", frames("connected"), 20*time.Second); err != nil {
-		t.Fatal(err)
-	}
-	victim.signal(syscall.SIGSTOP)
-	reply, err := client.Send("echo", frames("after"), 20*time.Second)
-	if err != nil || reply.Status != 69 {
-		t.Errorf("status %d, %v, want 69", reply.Status, err)
-	}
-	if lost := s.metric("backbone_lost_workers_total"); lost != 1 {
 		t.Errorf("%d workers were lost, want 1", lost)
 	}
 }
