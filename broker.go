@@ -34,7 +34,7 @@ hosts that you trust.
   --queue-ttl DURATION   let a request wait this long for a service that nobody serves;
                          0 waits for ever (1m)
   --max-queue N          let up to N requests wait for one service (100000)
-  --max-memory SIZE      hold up to this many bytes of requests (1G)
+  --max-memory SIZE      hold up to this many bytes of requests and unread replies (1G)
   --max-message SIZE     refuse frames that are longer (256M)
   --redeliver N          give the request of a lost worker to another one, up to N
                          times; its command may then run twice (0)

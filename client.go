@@ -64,7 +64,8 @@ found; 128+N: signal N ended it), or that of brequest and the broker:
   76        the answer is not that of an MDP broker
   123       some requests of --each failed
   124       no reply within the timeout
-  130, 143  ended by SIGINT or SIGTERM; a request that has not begun is taken back
+  130, 143  ended by SIGINT or SIGTERM (129, 131: SIGHUP, SIGQUIT); a request that has
+            not begun is taken back
 
 Examples:
   $ ls | brequest ls-service

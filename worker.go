@@ -57,8 +57,8 @@ or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT and BACKBONE_BROKER set th
 defaults of their flags. Put flags before COMMAND; what follows belongs to it. COMMAND
 finds BACKBONE_SERVICE, BACKBONE_ENDPOINT and BACKBONE_REQUEST in its environment.
 
-After SIGTERM or SIGINT, commands finish and their replies go out; a second signal ends
-the commands.
+After SIGTERM, SIGINT, SIGHUP or SIGQUIT, commands finish and their replies go out; a
+second signal ends the commands.
 
 Exit status:
   0         stopped by SIGTERM or SIGINT
