@@ -402,23 +402,21 @@ func (b *Broker) Disconnected(source int, now time.Time) {
 // Tick does what is due and returns the time of the next call.
 func (b *Broker) Tick(now time.Time) time.Time {
 	b.now = now
+	if !now.Before(b.nextHeartbeat) {
+		b.nextHeartbeat = now.Add(b.Heartbeat)
+		for _, w := range b.workers {
+			b.heartbeat(w)
+		}
+		b.sweepClients()
+		b.log.tick(now)
+		b.expiring = b.QueueTTL > 0
+	}
 	if b.expiring {
-		b.expiring = b.expireQueues()
+		if b.expiring = b.expireQueues(); b.expiring {
+			return now // for the rest of them, once messages have had their turn
+		}
 	}
-	switch {
-	case b.expiring:
-		return now // for the rest of them, once messages have had their turn
-	case now.Before(b.nextHeartbeat):
-		return b.nextHeartbeat
-	}
-	b.nextHeartbeat = now.Add(b.Heartbeat)
-	for _, w := range b.workers {
-		b.heartbeat(w)
-	}
-	b.sweepClients()
-	b.log.tick(now)
-	b.expiring = b.QueueTTL > 0
-	return b.Tick(now)
+	return b.nextHeartbeat
 }
 
 // heartbeat sends a worker a heartbeat, and disconnects one that was silent for too many of them.

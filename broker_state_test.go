@@ -392,6 +392,21 @@ func TestRequestExpiresWhenNoWorkerComes(t *testing.T) {
 	r.expect(toWorker("W", "*", "2"))
 }
 
+func TestHeartbeatsDoNotWaitForRequestsThatExpire(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxQueue, r.MaxMemory, r.Liveness = 10*maxExpired, 1<<30, 100
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	for range 3 * maxExpired {
+		r.from("C", "", "MDPC01", "absent")
+	}
+	r.pass(60) // The first of them expire.
+	r.sent = nil
+	r.pass(1)
+	if !slices.ContainsFunc(r.sent, func(m []string) bool { return slices.Equal(m, heartbeatTo("W")) }) {
+		t.Error("no heartbeat was sent")
+	}
+}
+
 func TestRequestDoesNotExpireWhileItsServiceIsServed(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W1", "", "MDPW01", "\x01", "echo")
