@@ -31,6 +31,12 @@ type addressNode struct {
 	requests list.List // of *brokerRequest, whose address ends here
 }
 
+// costOfNodes returns the bytes that the nodes for the frames behind the identity take, if no other
+// request shares them.
+func costOfNodes(address [][]byte) size {
+	return sizeOf(address[1:]) + nodeCost*size(len(address)-1)
+}
+
 // child returns the node for one more frame of an address, a new one if there is none.
 func (n *addressNode) child(frame []byte) *addressNode {
 	c, ok := n.children[string(frame)]

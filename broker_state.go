@@ -80,6 +80,7 @@ const (
 	maxExpired   = 1000        // requests that expire in one Tick
 	smallReply   = 4 << 10     // bytes of a reply that a client gets even if memory is full
 	requestCost  = 512         // bytes that holding a request takes, besides its frames
+	nodeCost     = 384         // bytes that a node of its address takes, besides a copy of the frame
 	workerPrefix = "bservice." // begins the identity of workers that send heartbeats while they work
 )
 
@@ -222,7 +223,7 @@ func (b *Broker) receiveClient(address [][]byte, m Message, cutOff bool) {
 		s = b.service(m.Service)
 	}
 	r := &brokerRequest{service: s, client: c, name: m.Service, address: address, body: m.Body, arrived: b.now,
-		cost: requestCost + costOf(address) + size(len(m.Service)) + costOf(m.Body)}
+		cost: requestCost + costOf(address) + costOfNodes(address) + size(len(m.Service)) + costOf(m.Body)}
 	b.count(s, requestsTotal, 1)
 	b.count(s, requestBytes, uint64(sizeOf(m.Body)))
 	switch {

@@ -554,7 +554,7 @@ func TestBrokerHoldsNoMoreBytesThanItMay(t *testing.T) {
 	r.from("W", "", "MDPW01", "\x01", "a")
 	r.from("C", "", "MDPC01", "a", almostHalf)
 	token := r.expect(toWorker("W", "*", almostHalf))[0]
-	r.from("D", almostHalf, "", "MDPC01", "b") // The address is held, too.
+	r.from("D", almostHalf[:1<<18-1000], "", "MDPC01", "b") // The address is held twice, too.
 	r.from("E", "", "MDPC01", "c", strings.Repeat("x", 1000))
 	r.expect([]string{"E", "", "MDPC01", "c", "", "bbroker: c: the broker holds --max-memory bytes already\n", "exit status 075"})
 	r.from("W", "", "MDPW01", "\x03", token, "", "done")
@@ -588,6 +588,16 @@ func TestFramesAndSmallRequestsCostWhatHoldingThemTakes(t *testing.T) {
 	r.from("C", "", "MDPC01", "mmi.cancel")
 	if n := taken("C", make([]string, 1000)...); n > 1<<19/1000/frameCost {
 		t.Errorf("%d requests with 1000 empty frames each are half of %d bytes", n, r.MaxMemory)
+	}
+	r.sent = nil
+	r.from("C", "", "MDPC01", "mmi.cancel")
+	r.sent = nil
+	n := 0
+	for ; len(r.sent) == 0; n++ {
+		r.from("C", "1", "2", "3", "4", "5", "6", "7", "8", "9", "", "MDPC01", "a")
+	}
+	if n > 1<<19/9/nodeCost {
+		t.Errorf("%d requests with 9 frames of address each are half of %d bytes", n, r.MaxMemory)
 	}
 }
 
