@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -173,28 +174,54 @@ func answerOnce(broker peer, reply func(request []string) []string) <-chan []str
 	return received
 }
 
-// dialZMTP connects to a TCP address and shakes hands as a DEALER, without libzmq: ZMTP 3.0,
-// mechanism NULL.
-func dialZMTP(address string) (net.Conn, error) {
-	conn, err := net.Dial("tcp", address)
+// dialZMTP connects to an address, HOST:PORT or the path of a socket, and shakes hands as a DEALER
+// without an identity, without libzmq: ZMTP 3.0, mechanism NULL.
+func dialZMTP(address string) (net.Conn, error) { return dialZMTPAs("", address) }
+
+// dialZMTPAs does the same with an identity.
+func dialZMTPAs(identity, address string) (net.Conn, error) {
+	network := "tcp"
+	if filepath.IsAbs(address) {
+		network = "unix"
+	}
+	conn, err := net.Dial(network, address)
 	if err != nil {
 		return nil, err
 	}
 	greeting := make([]byte, 64)
 	greeting[0], greeting[9], greeting[10] = 0xff, 0x7f, 3
 	copy(greeting[12:], "NULL")
-	ready := "\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
+	ready := []byte("\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity")
+	ready = append(binary.BigEndian.AppendUint32(ready, uint32(len(identity))), identity...)
 	conn.Write(greeting)
 	if _, err := io.ReadFull(conn, make([]byte, len(greeting))); err != nil {
 		return nil, err
 	}
-	conn.Write(append([]byte{4, byte(len(ready))}, ready...))
+	conn.Write(append(binary.BigEndian.AppendUint64([]byte{6}, uint64(len(ready))), ready...))
 	theirs := make([]byte, 2)
 	if _, err := io.ReadFull(conn, theirs); err != nil {
 		return nil, err
 	}
 	_, err = io.ReadFull(conn, make([]byte, theirs[1]))
 	return conn, err
+}
+
+// encodeZMTP returns a message as it is sent over a connection.
+func encodeZMTP(frames ...string) []byte {
+	var encoded []byte
+	for i, frame := range frames {
+		flags := byte(0)
+		if i < len(frames)-1 {
+			flags |= 1 // more frames follow
+		}
+		if len(frame) > 255 {
+			encoded = binary.BigEndian.AppendUint64(append(encoded, flags|2), uint64(len(frame)))
+		} else {
+			encoded = append(encoded, flags, byte(len(frame)))
+		}
+		encoded = append(encoded, frame...)
+	}
+	return encoded
 }
 
 // A fakeRouter is a broker without a socket: it records what the broker sends, and its clock goes
@@ -515,7 +542,7 @@ func (p *childProcess) waitForExit() int {
 }
 
 // processMemory returns a field of /proc/PID/status in bytes, or 0 where there is no such file.
-func processMemory(t *testing.T, pid int, field string) int {
+func processMemory(t testing.TB, pid int, field string) int {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

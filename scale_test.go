@@ -29,6 +29,9 @@ func TestAtScale(t *testing.T) {
 		{"100,000 lines come out in order and take no more memory than 2,000", manyLinesComeOutInOrderAndTakeLittleMemory},
 		{"with --retries no line is lost when workers are killed", linesSurviveKilledWorkers},
 		{"no line is lost or runs twice when the broker is restarted", linesSurviveRestartedBrokers},
+		{"clients take the broker to --max-memory plus 64 MiB at most", clientsTakeLittleMemory},
+		{"no client holds up heartbeats, signals or the requests of others", attacksHoldUpNobody},
+		{"a long queue of one client keeps nobody out", longQueueOfOneClientKeepsNobodyOut},
 	} {
 		t.Run(test.name, test.run)
 	}
