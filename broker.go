@@ -262,13 +262,13 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 	var graceEnd, lastMessage time.Time // graceEnd is zero until stop is done
 	for {
 		now := time.Now()
+		if stop.Err() != nil && graceEnd.IsZero() {
+			broker.Drain()
+			graceEnd = now.Add(grace)
+		}
 		deadline := broker.Tick(now)
 		memory.keep(broker.held, queuedForAll())
-		if stop.Err() != nil {
-			if graceEnd.IsZero() {
-				broker.Drain()
-				graceEnd = now.Add(grace)
-			}
+		if !graceEnd.IsZero() {
 			end := graceEnd
 			if broker.Drained() {
 				end = earlier(graceEnd, lastMessage.Add(quietTime))

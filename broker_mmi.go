@@ -53,7 +53,8 @@ func (b *Broker) report(name string, compose func() []byte) []byte {
 
 const (
 	freshServices  = 20   // with more, reports are made once a second at most
-	metricServices = 1000 // that have metrics of their own
+	servedMetrics  = 1000 // services with workers that have metrics of their own
+	waitingMetrics = 100  // services without workers that do; anybody can make up names
 )
 
 func mmiCode(found bool) []byte {
@@ -176,18 +177,19 @@ type sample struct {
 func (b *Broker) metrics() []byte {
 	all := sample{workers: len(b.workers), tally: &b.total}
 	var each []sample
-	services := b.sortedServices()
-	for i, s := range services {
+	room := map[bool]int{true: servedMetrics, false: waitingMetrics} // by whether there are workers
+	for _, s := range b.sortedServices() {
 		all.idle += s.idle.Len()
 		all.waiting += s.waiting
-		if i < metricServices {
+		if served := s.workers > 0; room[served] > 0 {
+			room[served]--
 			each = append(each, sample{fmt.Sprintf(`service="%s"`, labelValue(s.name)), s.workers, s.idle.Len(), s.waiting, &s.tally})
 		}
 	}
 
 	var out []byte
-	if len(services) > metricServices {
-		out = fmt.Appendf(out, "# %d more services have no metrics of their own here.\n", len(services)-metricServices)
+	if left := len(b.services) - len(each); left > 0 {
+		out = fmt.Appendf(out, "# %d more services have no metrics of their own here.\n", left)
 	}
 	head := func(kind, name, help string) {
 		out = fmt.Appendf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -77,7 +78,7 @@ const (
 	maxAddress   = 16          // frames of a client's address
 	maxReturns   = 10          // times that workers may return a request
 	frontReturns = 3           // of these, how often it goes ahead of the others
-	maxExpired   = 1000        // requests that expire in one Tick
+	maxEnded     = 1000        // waiting requests that expire or are refused in one Tick
 	smallReply   = 4 << 10     // bytes of a reply that a client gets even if memory is full
 	requestCost  = 512         // bytes that holding a request takes, besides its frames
 	nodeCost     = 384         // bytes that a node of its address takes, besides a copy of the frame
@@ -373,7 +374,7 @@ func (b *Broker) assign(r *brokerRequest) bool {
 // forgets a service that has neither workers nor requests. It follows every event that changes either.
 func (b *Broker) dispatch(s *brokerService) {
 	for r := s.next(); r != nil; r = s.next() {
-		if !b.assign(r) {
+		if b.draining || !b.assign(r) {
 			return
 		}
 		b.dequeue(r, true)
@@ -417,6 +418,9 @@ func (b *Broker) Tick(now time.Time) time.Time {
 			return now // for the rest of them, once messages have had their turn
 		}
 	}
+	if b.draining && b.refuseWaiting(maxEnded) {
+		return now
+	}
 	return b.nextHeartbeat
 }
 
@@ -457,7 +461,7 @@ func (b *Broker) expireQueues() (more bool) {
 		}
 		for _, q := range s.queues {
 			for e := q.requests.Front(); e != nil && b.now.Sub(e.Value.(*brokerRequest).arrived) >= b.QueueTTL; e = q.requests.Front() {
-				if expired++; expired > maxExpired {
+				if expired++; expired > maxEnded {
 					return true
 				}
 				r := e.Value.(*brokerRequest)
@@ -594,17 +598,24 @@ func (b *Broker) sendTo(address [][]byte, queue peerQueue, m Message) error {
 	return b.outlet.send(m.Frames(), queue)
 }
 
-// Drain refuses the requests that wait, and those that come from now on.
-func (b *Broker) Drain() {
-	b.draining = true
+// Drain lets Tick refuse the requests that wait. Those that come from now on are refused at once.
+func (b *Broker) Drain() { b.draining = true }
+
+// refuseWaiting refuses up to a number of the requests that wait, and tells whether there may be more.
+func (b *Broker) refuseWaiting(max int) (more bool) {
+	refused := 0
 	for _, s := range b.services {
 		for r := s.next(); r != nil; r = s.next() {
+			if refused++; refused > max {
+				return true
+			}
 			b.dequeue(r, true)
 			b.end(r)
 			b.refuse(r, shuttingDown)
 		}
 		b.dispatch(s)
 	}
+	return false
 }
 
 // Drained tells whether every request has ended.
@@ -614,6 +625,7 @@ func (b *Broker) Drained() bool { return b.unfinished == 0 }
 // be used afterwards.
 func (b *Broker) Stop() {
 	b.Drain()
+	b.refuseWaiting(math.MaxInt)
 	for _, w := range b.workers {
 		b.sendTo(w.address, w.queue, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {

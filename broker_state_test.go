@@ -394,9 +394,9 @@ func TestRequestExpiresWhenNoWorkerComes(t *testing.T) {
 
 func TestHeartbeatsDoNotWaitForRequestsThatExpire(t *testing.T) {
 	r := newFakeRouter(t)
-	r.MaxQueue, r.MaxMemory, r.Liveness = 10*maxExpired, 1<<30, 100
+	r.MaxQueue, r.MaxMemory, r.Liveness = 10*maxEnded, 1<<30, 100
 	r.from("W", "", "MDPW01", "\x01", "echo")
-	for range 3 * maxExpired {
+	for range 3 * maxEnded {
 		r.from("C", "", "MDPC01", "absent")
 	}
 	r.pass(60) // The first of them expire.
@@ -758,6 +758,7 @@ func TestDrainingBrokerRefusesNewRequestsAndAwaitsReplies(t *testing.T) {
 	r.from("C2", "", "MDPC01", "echo", "waiting")
 	token := r.expect(toWorker("W", "*", "in flight"))[0]
 	r.Drain()
+	r.Tick(r.clock)
 	r.expect([]string{"C2", "", "MDPC01", "echo", "", "*", "exit status 075"})
 	r.from("C3", "", "MDPC01", "echo", "new")
 	r.expect([]string{"C3", "", "MDPC01", "echo", "", "*", "exit status 075"})
@@ -768,6 +769,27 @@ func TestDrainingBrokerRefusesNewRequestsAndAwaitsReplies(t *testing.T) {
 	r.expect([]string{"C1", "", "MDPC01", "echo", "done"})
 	if !r.Drained() {
 		t.Error("the broker is not drained without requests")
+	}
+}
+
+func TestDrainingBrokerRefusesALimitedNumberAtATimeAndBeginsNone(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxQueue, r.MaxMemory = 2*maxEnded, 1<<30
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo", "in flight")
+	token := r.expect(toWorker("W", "*", "in flight"))[0]
+	for range maxEnded + 10 {
+		r.from("C", "", "MDPC01", "echo", "waiting")
+	}
+	r.Drain()
+	if next := r.Tick(r.clock); len(r.sent) != maxEnded || !next.Equal(r.clock) {
+		t.Fatalf("%d requests were refused at once, want %d and the rest now", len(r.sent), maxEnded)
+	}
+	r.sent = nil
+	r.from("W", "", "MDPW01", "\x03", token, "", "done")
+	r.expect([]string{"C", "", "MDPC01", "echo", "done"})
+	if r.Tick(r.clock); len(r.sent) != 10 || !r.Drained() {
+		t.Errorf("%d more requests were refused, want 10", len(r.sent))
 	}
 }
 
@@ -836,11 +858,11 @@ func TestNamesInTheLogAreCutOff(t *testing.T) {
 func TestManyRequestsExpireALimitedNumberAtATime(t *testing.T) {
 	r := newFakeRouter(t)
 	r.MaxQueue, r.MaxMemory = 10_000, 1<<30
-	for range maxExpired + 10 {
+	for range maxEnded + 10 {
 		r.from("C", "", "MDPC01", "echo")
 	}
 	r.clock = r.clock.Add(time.Minute)
-	if next := r.Tick(r.clock); len(r.sent) != maxExpired || !next.Equal(r.clock) {
+	if next := r.Tick(r.clock); len(r.sent) != maxEnded || !next.Equal(r.clock) {
 		t.Errorf("%d requests expired, and the next tick is due at %v", len(r.sent), next)
 	}
 	r.sent = nil
