@@ -93,6 +93,7 @@ func (s *system) startWorker(service string, reply func(body string) string, hea
 func clientsTakeLittleMemory(t *testing.T) {
 	const attackers = 3 // two of them have all of --max-memory between them
 	long := func(i int) string { return fmt.Sprintf("%0100d", i) }
+	longest := func(i int) string { return fmt.Sprintf("%0254d", i) } // name of a service
 	mebibyte := strings.Repeat("x", 1<<20)
 	stacks := func(a *attacker, count int, frame func(i int) string) {
 		for i := range count {
@@ -108,17 +109,17 @@ func clientsTakeLittleMemory(t *testing.T) {
 		{"metrics of 1,000 services", func(s *system) {
 			names := s.newAttacker("names")
 			for i := range 1000 {
-				names.send(1, "", "MDPC01", strconv.Itoa(i))
+				names.send(1, "", "MDPC01", longest(i))
 			}
 			if err := names.finish(); err != nil {
 				s.t.Fatal(err)
 			}
 			s.waitForService("names")
-		}, func(a *attacker) { a.send(10_000, "", "MDPC01", "mmi.metrics") }, 0},
+		}, func(a *attacker) { a.send(3000, "", "MDPC01", "mmi.metrics") }, 0},
 		{"names that are too long", nil, func(a *attacker) { a.send(60, "", "MDPC01", mebibyte, "x") }, 0},
 		{"many names", nil, func(a *attacker) {
-			for i := range 70_000 {
-				a.send(1, "", "MDPC01", strconv.Itoa(i))
+			for i := range 40_000 {
+				a.send(1, "", "MDPC01", longest(i))
 			}
 			a.send(10, "", "MDPC01", "mmi.metrics")
 		}, 0},
