@@ -14,7 +14,7 @@ type buffer struct {
 }
 
 const (
-	maxChunk = 16 << 20 // the longest chunk, in bytes, that a buffer allocates by itself
+	maxChunk = 1 << 20  // the longest chunk, in bytes, that a buffer allocates by itself
 	minFreed = 16 << 20 // bytes of garbage that are worth a collection
 )
 

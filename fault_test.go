@@ -124,6 +124,7 @@ func TestServiceWhoseLogIsNotReadGoesOn(t *testing.T) {
 		if err := service.Start(); err != nil {
 			t.Fatal(err)
 		}
+		defer service.Process.Kill() // unless it has ended
 		writer.Close()
 		for range 20 {
 			s.expect(name, nil, "done\n")
@@ -235,7 +236,7 @@ func TestLoadSurvivesABrokerThatIsKilledAndStartedAgain(t *testing.T) {
 
 func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
 	t.Parallel()
-	const total = 2000
+	const total = 1000
 	s := newSystem(t)
 	record := func() *childProcess { return s.startShellService("record", `echo "$1" >>runs; printf %s "$1"`) }
 	workers := []*childProcess{record(), record(), record()}
@@ -258,7 +259,7 @@ func TestRollingRestartLosesNothingAndRunsNothingTwice(t *testing.T) {
 	restarts := 0
 	for n := range total {
 		numbers <- n
-		if n%200 == 100 { // replace a worker while requests are in flight
+		if n%100 == 50 { // replace a worker while requests are in flight
 			w := &workers[restarts%len(workers)]
 			old := *w
 			*w = record()
