@@ -259,7 +259,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 
 	broker := NewBroker(flags, time.Now(), routerOutlet{router}, log)
 	memory := newMemoryKeeper(flags.MaxMemory)
-	var graceEnd, lastMessage time.Time // graceEnd is zero until stop is done
+	var graceEnd time.Time // zero until stop is done
 	for {
 		now := time.Now()
 		if stop.Err() != nil && graceEnd.IsZero() {
@@ -271,7 +271,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 		if !graceEnd.IsZero() {
 			end := graceEnd
 			if broker.Drained() {
-				end = earlier(graceEnd, lastMessage.Add(quietTime))
+				end = earlier(graceEnd, broker.lastRequest.Add(quietTime))
 			}
 			if !now.Before(end) {
 				broker.Stop()
@@ -295,7 +295,6 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			if frames == nil {
 				break
 			}
-			lastMessage = now
 			if !broker.Knows(source, frames[0]) {
 				if err := reportConnections(router, broker); err != nil {
 					return err

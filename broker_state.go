@@ -41,9 +41,10 @@ type Broker struct {
 	draining    bool
 	expiring    bool // requests may have waited too long
 
-	begin, now, nextHeartbeat time.Time
-	total                     tally
-	reports                   map[string]report // of mmi services
+	begin, now, nextHeartbeat, lastRequest time.Time
+
+	total   tally
+	reports map[string]report // of mmi services
 }
 
 // An outlet is what a broker sends its messages through. The first frame of a message is the identity
@@ -219,6 +220,7 @@ func (b *Broker) receiveClient(address [][]byte, m Message, cutOff bool) {
 		b.reply(c, address, m.Service, [][]byte{b.manage(string(m.Service), address, m.Body)})
 		return
 	}
+	b.lastRequest = b.now
 	s := b.services[string(m.Service)]
 	if s == nil && b.unserved < maxUnserved {
 		s = b.service(m.Service)

@@ -392,6 +392,17 @@ func TestStoppedBrokerDoesNotWaitLongerThanItsGrace(t *testing.T) {
 	}
 }
 
+func TestStoppedBrokerDoesNotWaitForTheEndOfHeartbeats(t *testing.T) {
+	s := newSystem(t, "--grace", "1h")
+	s.start("bservice", "--heartbeat", "10ms", "--liveness", "1000", "-j4", "echo", "echo")
+	s.waitForMetric("backbone_workers", 4)
+	s.expect("echo", []string{"x"}, "x\n")
+	s.broker.signal(syscall.SIGTERM)
+	if got := s.broker.waitForExit(); got != 0 {
+		t.Errorf("status %d, want 0", got)
+	}
+}
+
 func TestSecondSignalEndsTheBrokerAtOnce(t *testing.T) {
 	s, _ := newHangingSystem(t, "--grace", "1h", "-v")
 	s.startShellService("hang", hang)
