@@ -354,7 +354,11 @@ func (c *Client) Correlate() {
 // freeLane returns a lane that can take another call, a new one if there is none.
 func (c *Client) freeLane() *lane {
 	for _, l := range c.lanes {
-		if c.correlated || !l.busy() && l.conn.takesCalls(false) {
+		if !c.correlated && !l.busy() && !l.conn.takesCalls(false) {
+			l.conn = nil // The next call gets a new connection.
+			l.closeDropped()
+		}
+		if c.correlated || !l.busy() {
 			return l
 		}
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 	"time"
 
 	"github.com/mattn/go-isatty"
+	zmq "github.com/pebbe/zmq4"
 )
 
 // eachFlags are the flags of a batch.
@@ -43,12 +43,12 @@ const (
 	reachLimit = 30 * time.Second
 
 	// probeTimeout is how long a broker may take to tell whether it knows address stacks, and
-	// probeRetries is how often it is asked again if the connection breaks.
+	// probeRetries is how often it is asked if the connection breaks.
 	probeTimeout = time.Second
 	probeRetries = 3
 
 	// maxLanes limits the connections to a broker that does not. Each takes some descriptors.
-	maxLanes = 256
+	maxLanes = 128
 )
 
 func (f *eachFlags) check() error {
@@ -79,6 +79,10 @@ func (t *requestTool) each(endpoint string) error {
 		return err
 	}
 	defer log.file.Close()
+	// Each lane has a socket, its monitor has two, and those that were closed count for a while.
+	if err := zmq.SetMaxSockets(10 + 8*maxLanes); err != nil {
+		return fmt.Errorf("allow for %d connections: %w", maxLanes, err)
+	}
 	client, restore := t.client(endpoint)
 	defer restore()
 	jobs := defaultJobs
@@ -117,8 +121,33 @@ func (t *requestTool) each(endpoint string) error {
 // requests in flight. Its list of services tells that it is one of ours, and each broker survives being
 // asked for it: some die of an address stack.
 func (b *batch) probe() error {
-	b.client.reachLimit = cmp.Or(b.timeout(), reachLimit)
-	request := &call{service: mmiServices, body: emptyBody, retries: probeRetries}
+	if b.timeout() == 0 { // Otherwise each request has its own.
+		b.client.reachLimit = reachLimit
+	}
+	var request *call
+	for range probeRetries {
+		request = &call{service: mmiServices, body: emptyBody, timeout: b.timeout(), retries: b.Retries}
+		if err := b.await(request); err != nil {
+			return err
+		}
+		if !errors.Is(request.err, errLost) {
+			break
+		}
+	}
+	if errors.Is(request.err, errNoBroker) {
+		return request.err
+	}
+	if output := request.reply.Output; len(output) == 1 && bytes.HasPrefix(output[0], []byte(servicesHeader)) {
+		b.client.Correlate()
+		return nil
+	}
+	b.client.Disconnect()
+	b.jobs = min(b.jobs, maxLanes)
+	return nil
+}
+
+// await waits for the end of a request, but not for long once the broker is there.
+func (b *batch) await(request *call) error {
 	b.client.Begin(request)
 	var until time.Time // zero before the broker is there
 	for !request.ended && (until.IsZero() || time.Now().Before(until)) {
@@ -133,15 +162,6 @@ func (b *batch) probe() error {
 			until = time.Now().Add(probeTimeout)
 		}
 	}
-	if b.timeout() > 0 {
-		b.client.reachLimit = 0 // Each request has its own.
-	}
-	if output := request.reply.Output; len(output) == 1 && bytes.HasPrefix(output[0], []byte(servicesHeader)) {
-		b.client.Correlate()
-		return nil
-	}
-	b.client.Disconnect()
-	b.jobs = min(b.jobs, maxLanes)
 	return nil
 }
 

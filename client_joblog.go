@@ -32,13 +32,20 @@ func openJobLog(path, service string, resume bool) (*jobLog, error) {
 	if path == "" {
 		return l, nil
 	}
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
+	access := os.O_RDWR | os.O_CREATE
+	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		access = os.O_WRONLY // A pipe would not end with its reader.
+	}
+	file, err := os.OpenFile(path, access, 0o666)
 	if err != nil {
 		return nil, misuse("FILE must be writable", "--joblog: %w", err)
 	}
 	l.file = file
 	length := int64(0)
 	info, err := file.Stat()
+	if stdout, stdoutErr := os.Stdout.Stat(); err == nil && stdoutErr == nil && info.Mode().IsRegular() && os.SameFile(info, stdout) {
+		err = misuse("use another FILE", "%s is the standard output", path)
+	}
 	if err == nil && info.Mode().IsRegular() {
 		if length, err = l.load(resume); err == nil {
 			_, err = file.Seek(length, io.SeekStart)

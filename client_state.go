@@ -26,7 +26,6 @@ type call struct {
 	number      int    // in the order of begin
 	correlation string // the frame by which the reply to this try is known, or empty
 	tries       int
-	refusals    int       // of this try
 	cancelling  bool      // the broker was asked to drop it
 	due         time.Time // the end of its timeout; zero for never
 	resume      time.Time // the end of its pause
@@ -76,8 +75,8 @@ var (
 // needsConnection says so, and closes its own when the caller has dropped it.
 //
 // A call waits until the connection takes it, is then in flight, and ends once, with a reply or
-// an error. After a temporary failure it pauses before its next try, if it has one left, and so it
-// does if it is patient and the broker has refused it.
+// an error. After a temporary failure it pauses before its next try, if it has one left. If it is
+// patient and the broker has refused it, it waits again, and all those that wait are held back.
 type caller struct {
 	endpoint string // for errors
 
@@ -94,6 +93,8 @@ type caller struct {
 	ended   []*call   // since the last takeEnded
 	due     time.Time // nothing is due before; zero for never
 	begun   int
+
+	held holdBack
 }
 
 // A connection to a broker, which may not be up yet.
@@ -124,7 +125,7 @@ func (r *caller) try(c *call, now time.Time) {
 		// What still comes for an earlier try must not end this one.
 		c.correlation = fmt.Sprintf("%d.%d", c.number, c.tries)
 	}
-	c.refusals, c.due = 0, time.Time{}
+	c.due = time.Time{}
 	if c.timeout > 0 {
 		c.due = now.Add(c.timeout)
 		r.due = earlier(r.due, c.due)
@@ -134,7 +135,7 @@ func (r *caller) try(c *call, now time.Time) {
 
 // busy tells whether the caller has calls.
 func (r *caller) busy() bool {
-	return len(r.waiting)+len(r.pausing) > 0 || r.conn != nil && len(r.conn.inFlight) > 0
+	return len(r.waiting)+len(r.pausing) > 0 || r.conn != nil && (len(r.conn.inFlight) > 0 || r.conn.failed != nil)
 }
 
 // needsConnection tells whether calls wait for a connection.
@@ -143,12 +144,13 @@ func (r *caller) needsConnection() bool { return r.conn == nil && len(r.waiting)
 // open gives the caller a connection. What it sends before a broker is there waits in the socket.
 func (r *caller) open(send func(frames [][]byte) error) {
 	r.conn = &connection{send: send, inFlight: map[string]*call{}}
+	r.held = holdBack{}
 }
 
 // flush sends the calls that wait, as long as the connection takes them. It tells whether to call
 // it again when the connection takes messages again.
 func (r *caller) flush() (blocked bool) {
-	for len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) {
+	for len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) && r.held.allows(len(r.conn.inFlight)) {
 		c := r.waiting[0]
 		err := r.send(c.service, c.body, c.correlation)
 		if err == errWouldBlock {
@@ -256,6 +258,7 @@ func (r *caller) lost(now time.Time) {
 		return
 	}
 	r.conn.connected, r.conn.draining, r.conn.cancels = false, false, 0
+	r.held = holdBack{}
 	r.closeIfDone(now)
 	r.fail(fmt.Errorf("%w at %s before its reply", errLost, r.endpoint), now)
 }
@@ -293,25 +296,30 @@ func (r *caller) end(c *call, reply Reply, err error, now time.Time) {
 	r.conclude(c, now)
 }
 
-// conclude ends a call, or lets it pause before it is sent again.
+// conclude ends a call, or lets it wait or pause before it is sent again.
 func (r *caller) conclude(c *call, now time.Time) {
-	var pause time.Duration
+	refused := c.refused()
 	switch {
-	case c.patient && c.refused():
-		c.refusals++
-		pause = backoff(c.refusals)
+	case c.patient && refused && (c.due.IsZero() || now.Before(c.due)):
+		r.held.refused(len(r.conn.inFlight), now)
+		r.waiting = append([]*call{c}, r.waiting...)
+		r.due = earlier(r.due, earlier(c.due, r.held.probe))
+		return
 	case c.temporary() && c.tries <= c.retries:
-		pause = backoff(c.tries)
-	}
-	if pause > 0 {
-		pause = pause/2 + rand.N(pause/2) // Those who failed together do not come back together.
-		c.resume = now.Add(pause)
-	}
-	if pause == 0 || c.patient && c.refused() && !c.due.IsZero() && !c.resume.Before(c.due) {
+		r.pause(c, now)
+	default:
 		c.ended = true
 		r.ended = append(r.ended, c)
-		return
 	}
+	if c.err == nil && !refused {
+		r.held.answered()
+	}
+}
+
+// pause lets a call pause before its next try.
+func (r *caller) pause(c *call, now time.Time) {
+	pause := jitter(backoff(c.tries))
+	c.resume = now.Add(pause)
 	r.due = earlier(r.due, c.resume)
 	r.pausing = append(r.pausing, c)
 	if r.retrying != nil {
@@ -319,9 +327,57 @@ func (r *caller) conclude(c *call, now time.Time) {
 	}
 }
 
+// jitter returns a pause of half its length at least: those who failed together must not come back
+// together.
+func jitter(pause time.Duration) time.Duration { return pause/2 + rand.N(pause/2) }
+
+// A holdBack limits the calls in flight after a refusal to those that were not refused: more would be
+// refused again and again. Each reply allows one more, and so does a pause.
+type holdBack struct {
+	limited  bool
+	window   int       // calls that may be in flight
+	refusals int       // in a row
+	probe    time.Time // when one more is allowed
+	probing  bool      // it was, and nothing is known of it
+}
+
+// maxProbePause limits the time until one more call is allowed.
+const maxProbePause = time.Second
+
+func (h *holdBack) allows(inFlight int) bool { return !h.limited || inFlight < h.window }
+
+// refused is called when a call was refused, with the number of those that are still in flight.
+func (h *holdBack) refused(inFlight int, now time.Time) {
+	h.window = inFlight
+	if !h.limited || h.probing { // Others were sent together with a call that was refused.
+		h.limited, h.probing = true, false
+		h.refusals++
+		h.pause(now)
+	}
+}
+
+func (h *holdBack) pause(now time.Time) {
+	h.probe = now.Add(jitter(min(backoff(max(1, h.refusals)), maxProbePause)))
+}
+
+// answered is called for each reply that is no refusal.
+func (h *holdBack) answered() {
+	h.window++
+	h.refusals = 0
+}
+
+// allowOne allows one more call at the time of the probe.
+func (h *holdBack) allowOne(inFlight int, now time.Time) {
+	if h.limited && !now.Before(h.probe) {
+		h.window, h.probing = inFlight+1, true
+		h.pause(now)
+	}
+}
+
 // has tells whether the caller has a call that has not ended.
 func (r *caller) has(c *call) bool {
-	return r.conn != nil && r.conn.inFlight[c.correlation] == c || slices.Contains(r.waiting, c) || slices.Contains(r.pausing, c)
+	inConnection := r.conn != nil && (r.conn.inFlight[c.correlation] == c || r.conn.failed == c)
+	return inConnection || slices.Contains(r.waiting, c) || slices.Contains(r.pausing, c)
 }
 
 // takeEnded returns the calls that ended since the last time.
@@ -332,9 +388,9 @@ func (r *caller) takeEnded() []*call {
 }
 
 // cancel asks for the end of a call: it ends with errCancelled if it has not begun, and otherwise
-// as if nothing had been asked. It is not tried again.
+// as if nothing had been asked. It is not sent again.
 func (r *caller) cancel(c *call, now time.Time) {
-	c.retries = 0
+	c.retries, c.patient = 0, false
 	for _, list := range []*[]*call{&r.waiting, &r.pausing} {
 		if i := slices.Index(*list, c); i >= 0 {
 			*list = slices.Delete(*list, i, i+1)
@@ -357,7 +413,7 @@ func (r *caller) abandon(now time.Time) {
 	}
 	queued := false
 	for _, c := range r.conn.inFlight {
-		c.retries = 0
+		c.retries, c.patient = 0, false
 		queued = queued || c.mayQueue()
 	}
 	if queued && r.conn.connected {
@@ -431,6 +487,10 @@ func (r *caller) expire(now time.Time) {
 	}
 	r.waiting, overdue = split(r.waiting, timeout)
 	for _, c := range overdue {
+		if c.refused() {
+			r.conclude(c, now)
+			continue
+		}
 		err := fmt.Errorf("%w at %s within %v", errNoBroker, r.endpoint, c.timeout)
 		if r.conn != nil && r.conn.connected {
 			err = fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout)
@@ -439,11 +499,13 @@ func (r *caller) expire(now time.Time) {
 	}
 	r.pausing, again = split(r.pausing, func(c *call) time.Time { return c.resume })
 	for _, c := range again {
-		if c.refused() { // This is still the same try.
-			r.due = earlier(r.due, c.due)
-			r.waiting = append(r.waiting, c)
-		} else {
-			r.try(c, now)
-		}
+		c.reply, c.err = Reply{}, nil
+		r.try(c, now)
 	}
+	if r.conn == nil || len(r.waiting) == 0 {
+		r.held = holdBack{}
+		return
+	}
+	r.held.allowOne(len(r.conn.inFlight), now)
+	r.due = earlier(r.due, r.held.probe)
 }

@@ -340,18 +340,98 @@ func TestPatientCallIsSentAgainWhileTheBrokerRefusesIt(t *testing.T) {
 		f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
 		f.expectEnded()
 		before := f.clock
-		f.clock = f.deadline()
+		for len(f.sent) == 0 {
+			f.clock = f.deadline()
+			f.settle()
+		}
 		if pause := f.clock.Sub(before); pause < 50*time.Millisecond || pause > 400*time.Millisecond {
 			t.Errorf("the pause is %v", pause)
 		}
-		f.settle()
-		if c.refusals == 3 {
+		if f.held.refusals == 3 {
 			break
 		}
 	}
 	f.sent = nil
 	f.from("1.1", "", "MDPC01", "a", "", "", "exit status 75") // of a command
 	f.expectEnded(`a: [""] 75`)
+}
+
+func TestRefusalHoldsBackOtherCallsUntilThereIsAReply(t *testing.T) {
+	f := newFakeConnection(t, true)
+	for i := range 10 {
+		f.begin(&call{service: fmt.Sprint(i), body: frames("x"), patient: true}, f.clock)
+	}
+	f.settle()
+	f.up()
+	f.sent = nil
+	for i := 3; i <= 10; i++ {
+		f.from(append([]string{fmt.Sprint(i, ".1"), "", "MDPC01", fmt.Sprint(i - 1)}, refusal("the queue is full")...)...)
+	}
+	f.settle()
+	f.expect()
+	f.from("1.1", "", "MDPC01", "0", "done")
+	f.settle()
+	if len(f.sent) != 2 { // one in the place of it, and one more
+		t.Errorf("the client sent %q after a reply", f.sent)
+	}
+	f.sent = nil
+	f.pass(10 * time.Second)
+	if len(f.sent) == 0 || len(f.sent) > 6 {
+		t.Errorf("the client sent %q in ten seconds", f.sent)
+	}
+}
+
+func TestRetriesFollowARefusal(t *testing.T) {
+	for _, patient := range []bool{false, true} {
+		f := newFakeConnection(t, true)
+		f.begin(&call{service: "a", body: frames("x"), timeout: time.Second, retries: 2, patient: patient}, f.clock)
+		f.settle()
+		f.up()
+		tries := map[string]bool{}
+		for rounds := 0; len(f.ended) == 0 && rounds < 1000; rounds++ {
+			for _, message := range f.sent {
+				tries[message[0]] = true
+				f.from(append([]string{message[0], "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+			}
+			f.sent = nil
+			if len(f.ended) == 0 {
+				f.clock = f.deadline()
+				f.settle()
+			}
+		}
+		f.expectEnded(`a: [""] 75`)
+		if len(tries) != 3 {
+			t.Errorf("patient %v: the tries are %v, want 3", patient, tries)
+		}
+	}
+}
+
+func TestCancelledCallIsNotSentAgain(t *testing.T) {
+	f := newFakeConnection(t, true)
+	c := &call{service: "a", body: frames("x"), retries: 3, patient: true}
+	f.begin(c, f.clock)
+	f.settle()
+	f.up()
+	f.cancel(c, f.clock)
+	f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+	f.expectEnded(`a: [""] 75`)
+
+	f = newFakeConnection(t, false) // While its connection is closed, it has not ended.
+	c = &call{service: "a", body: frames("x"), timeout: time.Second, retries: 3, patient: true}
+	f.begin(c, f.clock)
+	f.settle()
+	f.up()
+	f.clock = f.clock.Add(time.Second)
+	f.settle()
+	if !f.has(c) || !f.busy() {
+		t.Fatal("the call is forgotten")
+	}
+	f.cancel(c, f.clock)
+	f.clock = f.clock.Add(cancelPatience)
+	f.settle()
+	if !c.ended {
+		t.Error("the call goes on")
+	}
 }
 
 func TestPatienceEndsWithTheTimeout(t *testing.T) {

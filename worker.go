@@ -197,7 +197,7 @@ func (t *serviceTool) serve(stop context.Context, job *Service, command *CmdServ
 		if t.Null {
 			process.terminator = 0
 		}
-		process.open()
+		process.open(stop)
 		defer process.close()
 		job.Handler = process.Handle
 	}

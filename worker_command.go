@@ -326,7 +326,9 @@ type coprocess struct {
 	running  *process // nil before the first one, and after one was reaped
 	stdin    io.WriteCloser
 	output   *lineOutput
-	last     Reply // of the last process that was reaped, or could not be started
+	last     Reply           // of the last process that was reaped, or could not be started
+	fault    *failure        // of that process, if it would be the same with the next one
+	stop     <-chan struct{} // ends the wait for the first process
 	restarts restartLimit
 }
 
@@ -383,8 +385,12 @@ func (c *coprocess) line(body [][]byte) ([]byte, error) {
 	return append(bytes.Join(body, []byte{'\t'}), c.terminator), nil
 }
 
-// open starts the process before the first request needs it.
-func (c *coprocess) open() { c.ensureRunning() }
+// open starts the process before the first request needs it, unless stop is done.
+func (c *coprocess) open(stop context.Context) {
+	c.stop = stop.Done()
+	c.ensureRunning()
+	c.stop = nil
+}
 
 // ensureRunning starts a process unless one is running that can take a request. If there is none, last
 // is the reply to a request.
@@ -393,24 +399,21 @@ func (c *coprocess) ensureRunning() bool {
 		return true
 	}
 	if c.running != nil {
-		if c.reap(); c.last.Status == exitProtocol {
-			return false // It may have been out of step for longer.
+		if c.reap(); c.fault != nil {
+			c.last = c.refusal(c.fault) // It may have been out of step for longer.
+			return false
 		}
 	}
 	if pause := time.Until(c.restarts.next); pause > 0 {
-		switch c.last.Status {
-		case exitProtocol, exitCannotRun, exitNotFound: // It would end in the same way.
-		default:
-			err := fmt.Errorf("%s ends again and again; it is started again in %v", c.Command[0], pause.Round(time.Millisecond))
-			c.last = c.refusal(&failure{status: exitTemporary, err: err})
-		}
+		err := fmt.Errorf("%s ends again and again; it is started again in %v", c.Command[0], pause.Round(time.Millisecond))
+		c.last = c.refusal(cmp.Or(c.fault, &failure{status: exitTemporary, err: err}))
 		return false
 	}
 	if err := c.launch(); err != nil {
-		f := cannotRun(err)
-		c.errorf("%s: %v", c.Name, f)
+		c.fault = cannotRun(err)
+		c.errorf("%s: %v", c.Name, c.fault)
 		c.restarts.failed(time.Now())
-		c.last = c.refusal(f)
+		c.last = c.refusal(c.fault)
 		return false
 	}
 	if !c.becomesReady() {
@@ -451,12 +454,15 @@ func (c *coprocess) over() bool {
 // becomesReady waits until the process has printed the lines to skip and was then silent. It returns
 // false if the process is over.
 func (c *coprocess) becomesReady() bool {
-	defer c.limitTime(c.running)()
+	unlimited := c.limitTime(c.running)
 	select {
 	case <-c.output.skipped:
+	case <-c.stop:
+		c.running.end(&failure{status: exitTemporary, err: errors.New("ended because the service is stopping")})
 	case <-c.running.ctx.Done():
 	case <-c.running.ended:
 	}
+	unlimited()
 	select {
 	case <-time.After(quietStart):
 	case <-c.running.ctx.Done():
@@ -477,7 +483,10 @@ func (c *coprocess) reap() {
 	if !c.output.answered {
 		c.restarts.failed(time.Now())
 	}
-	c.running, c.last = nil, c.result(p, status, reason)
+	c.running, c.last, c.fault = nil, c.result(p, status, reason), nil
+	if f := (*failure)(nil); errors.As(reason, &f) && f.status == exitProtocol {
+		c.fault = f
+	}
 }
 
 // close lets the process end by itself at the end of its input, and otherwise ends it.

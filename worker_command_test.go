@@ -281,7 +281,7 @@ func TestCoprocessAnswersRecordForRecord(t *testing.T) {
 
 func TestCoprocessIsOneProcess(t *testing.T) {
 	c := newCoprocess(t, "sh", "-c", "while read x; do echo $$; done")
-	c.open()
+	c.open(context.Background())
 	first := fmt.Sprintln(c.running.Process.Pid)
 	c.expectReply(t, nil, first)
 	c.expectReply(t, nil, first)
@@ -348,7 +348,7 @@ func TestOutputThatNoRequestAskedForFailsTheNextRequestAndIsNobodysReply(t *test
 func TestBannerIsNobodysReply(t *testing.T) {
 	for _, banner := range []string{"echo Welcome", "printf Welcome"} {
 		c := newCoprocess(t, "sh", "-c", banner+"; exec cat")
-		c.open()
+		c.open(context.Background())
 		for range 3 {
 			c.expectReply(t, []string{"x"}, "", `bservice: svc: ended because it printed a line that no request asked for: "Welcome"; --skip-lines `, "exit status 76")
 		}
@@ -358,7 +358,7 @@ func TestBannerIsNobodysReply(t *testing.T) {
 func TestLinesToSkipAreAwaitedAtEachStart(t *testing.T) {
 	c := newCoprocess(t, "sh", "-c", `printf 'one\ntwo'; sleep 0.3; echo; read -r x; echo "$x"`)
 	c.skipLines = 2
-	c.open()
+	c.open(context.Background())
 	for range 2 {
 		c.expectReply(t, []string{"x"}, "x\n")
 		<-c.running.ended
@@ -370,9 +370,36 @@ func TestLinesToSkipAreAwaitedAtEachStart(t *testing.T) {
 	c.expectReply(t, []string{"x"}, "", "bservice: svc: ended after --timeout 300ms\n", "exit status 124")
 }
 
+func TestTimeoutOfRequestsDoesNotLimitTheStart(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	*c.Timeout = quietStart / 2
+	if c.open(context.Background()); c.running == nil {
+		t.Error("the process was ended")
+	}
+}
+
+func TestSignalEndsTheWaitForLinesToSkip(t *testing.T) {
+	c := newCoprocess(t, "cat")
+	c.skipLines = 1
+	stop, cancel := context.WithCancel(context.Background())
+	cancel()
+	if c.open(stop); c.running != nil {
+		t.Error("the process goes on")
+	}
+}
+
+func TestReplyDuringAPauseHasNothingOfOtherRequests(t *testing.T) {
+	c := newCoprocess(t, "sh", "-c", `read -r x; printf %s "$x"; echo "$x" >&2; exit 127`)
+	captureStderr(t, func() {
+		c.expectReply(t, []string{"one"}, "one", "one\n", "exit status 127")
+		c.expectReply(t, []string{"two"}, "two", "two\n", "exit status 127")
+	})
+	c.expectReply(t, []string{"three"}, "", "bservice: svc: sh ends again and again; it is started again in ", "exit status 75")
+}
+
 func TestCoprocessThatCannotBeStartedSaysSoAgain(t *testing.T) {
 	c := newCoprocess(t, "/no/such/command")
-	said := captureStderr(t, c.open)
+	said := captureStderr(t, func() { c.open(context.Background()) })
 	if !strings.Contains(said, "no such file") {
 		t.Errorf("the log has %q", said)
 	}
@@ -451,7 +478,7 @@ func TestCoprocessEndsWithItsInputOrElseBySignals(t *testing.T) {
 	} {
 		c := newCoprocess(t, "sh", "-c", test.line)
 		c.KillAfter = 100 * time.Millisecond
-		c.open()
+		c.open(context.Background())
 		c.close()
 		if got := c.running.ProcessState.String(); got != test.want {
 			t.Errorf("%s: ended with %s, want %s", test.line, got, test.want)

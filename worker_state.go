@@ -90,18 +90,24 @@ func (s *session) Receive(frames [][]byte) {
 // Start starts to work on a request that has come, if there is one. Call it when all that has come was
 // received: behind the request there may be a DISCONNECT.
 func (s *session) Start(now time.Time) {
-	switch {
-	case s.request == nil || s.over != nil:
-		return
-	case now.Sub(s.due) > s.silenceLimit():
-		// The broker has given up a worker that stood still for so long, and its client was told.
-		s.over = fmt.Errorf("this process stood still for %v", now.Sub(s.due).Round(time.Second))
-		s.deliver(Message{Kind: KindDisconnect})
+	if s.request == nil || s.over != nil || s.stoodStill(now) {
 		return
 	}
 	m := s.request
 	s.request, s.address, s.working = nil, m.Client, true
 	s.start(tokenOf(m.Client), m.Body)
+}
+
+// stoodStill ends the session if this process did not run for so long that the broker has given it up:
+// the clients of requests that still come were told.
+func (s *session) stoodStill(now time.Time) bool {
+	late := now.Sub(s.due)
+	if late <= s.silenceLimit() {
+		return false
+	}
+	s.over = fmt.Errorf("this process stood still for %v", late.Round(time.Second))
+	s.deliver(Message{Kind: KindDisconnect})
+	return true
 }
 
 // tokenOf returns a printable word for the address that a broker gave a request.
@@ -128,6 +134,9 @@ func (s *session) Tick(now time.Time) time.Time {
 	}
 	if now.Before(s.due) {
 		return s.due
+	}
+	if s.registered && !s.busy() && s.stoodStill(now) {
+		return time.Time{}
 	}
 	s.due = now.Add(s.Heartbeat)
 	if !s.registered {
