@@ -330,9 +330,9 @@ func reportConnections(router *socket, broker *Broker) error {
 		case err != nil || event == 0:
 			return err
 		case event == zmq.EVENT_ACCEPTED:
-			if source >= openFiles()-spareFiles() { // It has the lowest descriptor that was free.
+			if limit := openFiles(); source >= limit-spareFiles() { // It has the lowest descriptor that was free.
 				syscall.Shutdown(source, syscall.SHUT_RDWR)
-				broker.log.warn("open files", "connections refused", "why", "the limit of open files is near", "limit", openFiles())
+				broker.log.warn("open files", "connections refused", "why", "the limit of open files is near", "limit", limit)
 			}
 		case event == zmq.EVENT_DISCONNECTED:
 			broker.Disconnected(source, time.Now())

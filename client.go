@@ -338,11 +338,6 @@ func NewClient(stop context.Context, endpoint string) *Client {
 	return c
 }
 
-// Connect begins to connect to the broker, which need not be there yet. Requests do so too.
-func (c *Client) Connect() error {
-	return c.connectLane(c.freeLane())
-}
-
 // Correlate tells the client that the broker knows address stacks.
 func (c *Client) Correlate() {
 	c.correlated = true
@@ -367,9 +362,10 @@ func (c *Client) freeLane() *lane {
 	return l
 }
 
+// connectLane begins to connect to the broker, which need not be there yet.
 func (c *Client) connectLane(l *lane) error {
 	if l.link != nil {
-		return nil
+		return nil // It was dropped and is still to be closed.
 	}
 	stop := c.stop
 	if !l.due.IsZero() {
@@ -439,11 +435,8 @@ func (c *Client) Send(service string, body [][]byte, timeout time.Duration) (Rep
 // if not before. An error is the cause of stop or that of a socket; the call has not ended then.
 func (c *Client) do(request *call, beforeWait func() time.Time) error {
 	for c.Begin(request); !request.ended; {
-		if c.stop.Err() != nil {
+		if _, err := c.Await(beforeWait()); err != nil && !request.ended {
 			c.Abandon()
-			return context.Cause(c.stop)
-		}
-		if _, err := c.Await(beforeWait()); err != nil && c.stop.Err() == nil {
 			return err
 		}
 	}
@@ -454,14 +447,20 @@ func (c *Client) do(request *call, beforeWait func() time.Time) error {
 func (c *Client) Begin(request *call) { c.freeLane().begin(request, time.Now()) }
 
 // Await waits until something happens, or a time unless that is zero, and returns the calls that
-// ended. An error is final.
+// ended. An error is final: the cause of stop, or that of a socket.
 func (c *Client) Await(until time.Time) ([]*call, error) {
 	for _, l := range c.lanes {
 		if len(l.ended) > 0 {
 			until = time.Now() // They were cancelled since the last time.
 		}
 	}
-	err := c.step(until)
+	var err error
+	if c.stop.Err() == nil {
+		err = c.step(until)
+	}
+	if c.stop.Err() != nil {
+		err = context.Cause(c.stop)
+	}
 	return c.takeEnded(), err
 }
 

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/mattn/go-isatty"
-	zmq "github.com/pebbe/zmq4"
 )
 
 // eachFlags are the flags of a batch.
@@ -47,7 +46,8 @@ const (
 	probeTimeout = time.Second
 	probeRetries = 3
 
-	// maxLanes limits the connections to a broker that does not. Each takes some descriptors.
+	// maxLanes limits the connections to a broker that does not. Each takes some descriptors and three
+	// of ZeroMQ's 1023 sockets, and those that were closed count for a while.
 	maxLanes = 128
 )
 
@@ -79,10 +79,6 @@ func (t *requestTool) each(endpoint string) error {
 		return err
 	}
 	defer log.file.Close()
-	// Each lane has a socket, its monitor has two, and those that were closed count for a while.
-	if err := zmq.SetMaxSockets(10 + 8*maxLanes); err != nil {
-		return fmt.Errorf("allow for %d connections: %w", maxLanes, err)
-	}
 	client, restore := t.client(endpoint)
 	defer restore()
 	jobs := defaultJobs
@@ -151,11 +147,7 @@ func (b *batch) await(request *call) error {
 	b.client.Begin(request)
 	var until time.Time // zero before the broker is there
 	for !request.ended && (until.IsZero() || time.Now().Before(until)) {
-		_, err := b.client.Await(until)
-		if b.client.stop.Err() != nil {
-			err = context.Cause(b.client.stop)
-		}
-		if err != nil {
+		if _, err := b.client.Await(until); err != nil {
 			return err
 		}
 		if until.IsZero() && b.client.connected() {
@@ -213,9 +205,6 @@ func (b *batch) run() error {
 		ended, err := b.client.Await(b.status.show(time.Second/5, b.progress))
 		for _, c := range ended {
 			b.end(c)
-		}
-		if b.client.stop.Err() != nil {
-			err = context.Cause(b.client.stop)
 		}
 		if err != nil {
 			b.abandon()

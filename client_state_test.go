@@ -329,6 +329,12 @@ func refusal(why string) []string {
 	return spell(Reply{Stderr: []byte("bbroker: a: " + why + "\n"), Status: 75, FromBroker: true}.Body())
 }
 
+// refuse lets the broker refuse a request.
+func (f *fakeConnection) refuse(correlation, service, why string) {
+	f.t.Helper()
+	f.from(append([]string{correlation, "", "MDPC01", service}, refusal(why)...)...)
+}
+
 func TestPatientCallIsSentAgainWhileTheBrokerRefusesIt(t *testing.T) {
 	f := newFakeConnection(t, true)
 	c := &call{service: "a", body: frames("body of a"), timeout: time.Second, patient: true}
@@ -337,7 +343,7 @@ func TestPatientCallIsSentAgainWhileTheBrokerRefusesIt(t *testing.T) {
 	f.up()
 	for range 4 { // with pauses of 0.05 to 0.1 s, 0.1 to 0.2, 0.2 to 0.4
 		f.expect(numbered("1.1", "a"))
-		f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+		f.refuse("1.1", "a", "the queue is full")
 		f.expectEnded()
 		before := f.clock
 		for len(f.sent) == 0 {
@@ -365,7 +371,7 @@ func TestRefusalHoldsBackOtherCallsUntilThereIsAReply(t *testing.T) {
 	f.up()
 	f.sent = nil
 	for i := 3; i <= 10; i++ {
-		f.from(append([]string{fmt.Sprint(i, ".1"), "", "MDPC01", fmt.Sprint(i - 1)}, refusal("the queue is full")...)...)
+		f.refuse(fmt.Sprint(i, ".1"), fmt.Sprint(i-1), "the queue is full")
 	}
 	f.settle()
 	f.expect()
@@ -391,7 +397,7 @@ func TestRetriesFollowARefusal(t *testing.T) {
 		for rounds := 0; len(f.ended) == 0 && rounds < 1000; rounds++ {
 			for _, message := range f.sent {
 				tries[message[0]] = true
-				f.from(append([]string{message[0], "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+				f.refuse(message[0], "a", "the queue is full")
 			}
 			f.sent = nil
 			if len(f.ended) == 0 {
@@ -413,7 +419,7 @@ func TestCancelledCallIsNotSentAgain(t *testing.T) {
 	f.settle()
 	f.up()
 	f.cancel(c, f.clock)
-	f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+	f.refuse("1.1", "a", "the queue is full")
 	f.expectEnded(`a: [""] 75`)
 
 	f = newFakeConnection(t, false) // While its connection is closed, it has not ended.
@@ -442,7 +448,7 @@ func TestPatienceEndsWithTheTimeout(t *testing.T) {
 	f.up()
 	begin := f.clock
 	for len(f.ended) == 0 {
-		f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal("the queue is full")...)...)
+		f.refuse("1.1", "a", "the queue is full")
 		if len(f.ended) == 0 {
 			f.clock = f.deadline()
 			f.settle()
@@ -471,7 +477,7 @@ func TestNothingIsSentToABrokerThatIsAboutToStop(t *testing.T) {
 	f.settle()
 	f.up()
 	f.sent = nil
-	f.from(append([]string{"1.1", "", "MDPC01", "a"}, refusal(shuttingDown)...)...)
+	f.refuse("1.1", "a", shuttingDown)
 	f.pass(time.Minute)
 	f.begin(&call{service: "c", body: frames("body of c"), patient: true}, f.clock)
 	f.settle()

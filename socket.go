@@ -315,10 +315,10 @@ func (s *socket) send(frames [][]byte) error { return s.sendCounted(frames, nil)
 // sendCounted sends a message and counts it in a queue, unless that is nil.
 func (s *socket) sendCounted(frames [][]byte, queue *sendQueue) error {
 	var counter *C.send_queue
+	var cost C.int64_t
 	if queue != nil {
-		counter = queue.counter
+		counter, cost = queue.counter, C.int64_t(costOf(frames))
 	}
-	cost := C.int64_t(costOf(frames))
 	s.drained = false // Sending handles the events that fd tells of, too.
 	for first := true; len(frames) > 0; first = false {
 		var sizes [C.MAX_FRAMES]C.size_t

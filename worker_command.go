@@ -326,9 +326,7 @@ type coprocess struct {
 	running  *process // nil before the first one, and after one was reaped
 	stdin    io.WriteCloser
 	output   *lineOutput
-	last     Reply           // of the last process that was reaped, or could not be started
-	fault    *failure        // of that process, if it would be the same with the next one
-	stop     <-chan struct{} // ends the wait for the first process
+	fault    *failure // of the last process, if it would be the same with the next one
 	restarts restartLimit
 }
 
@@ -342,8 +340,8 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 	if err != nil {
 		return c.refusal(cannotRun(err))
 	}
-	if !c.ensureRunning() {
-		return c.last
+	if refused := c.ensureRunning(nil); refused != nil {
+		return *refused
 	}
 	if stderr, ok := c.running.stderr.(*tailBuffer); ok {
 		stderr.Reset() // It is about earlier requests.
@@ -361,8 +359,7 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 		output = c.output.last()
 	}
 	if output == nil {
-		c.reap()
-		return c.last
+		return c.reap()
 	}
 	c.restarts = restartLimit{}
 	return Reply{Output: [][]byte{output}}
@@ -386,41 +383,38 @@ func (c *coprocess) line(body [][]byte) ([]byte, error) {
 }
 
 // open starts the process before the first request needs it, unless stop is done.
-func (c *coprocess) open(stop context.Context) {
-	c.stop = stop.Done()
-	c.ensureRunning()
-	c.stop = nil
-}
+func (c *coprocess) open(stop context.Context) { c.ensureRunning(stop.Done()) }
 
-// ensureRunning starts a process unless one is running that can take a request. If there is none, last
-// is the reply to a request.
-func (c *coprocess) ensureRunning() bool {
-	if c.running != nil && !c.over() {
-		return true
+// ensureRunning starts a process unless one is running that can take a request. It returns the reply to
+// a request if there is none, and waits for one no longer than until stop is closed.
+func (c *coprocess) ensureRunning(stop <-chan struct{}) (refused *Reply) {
+	refuse := func(f *failure) *Reply {
+		reply := c.refusal(f)
+		return &reply
 	}
 	if c.running != nil {
+		if !c.over() {
+			return nil
+		}
 		if c.reap(); c.fault != nil {
-			c.last = c.refusal(c.fault) // It may have been out of step for longer.
-			return false
+			return refuse(c.fault) // It may have been out of step for longer.
 		}
 	}
 	if pause := time.Until(c.restarts.next); pause > 0 {
 		err := fmt.Errorf("%s ends again and again; it is started again in %v", c.Command[0], pause.Round(time.Millisecond))
-		c.last = c.refusal(cmp.Or(c.fault, &failure{status: exitTemporary, err: err}))
-		return false
+		return refuse(cmp.Or(c.fault, &failure{status: exitTemporary, err: err}))
 	}
 	if err := c.launch(); err != nil {
 		c.fault = cannotRun(err)
 		c.errorf("%s: %v", c.Name, c.fault)
 		c.restarts.failed(time.Now())
-		c.last = c.refusal(c.fault)
-		return false
+		return refuse(c.fault)
 	}
-	if !c.becomesReady() {
-		c.reap()
-		return false
+	if !c.becomesReady(stop) {
+		reply := c.reap()
+		return &reply
 	}
-	return true
+	return nil
 }
 
 // launch starts a process.
@@ -452,12 +446,12 @@ func (c *coprocess) over() bool {
 }
 
 // becomesReady waits until the process has printed the lines to skip and was then silent. It returns
-// false if the process is over.
-func (c *coprocess) becomesReady() bool {
+// false if the process is over, as it is when stop is closed before.
+func (c *coprocess) becomesReady(stop <-chan struct{}) bool {
 	unlimited := c.limitTime(c.running)
 	select {
 	case <-c.output.skipped:
-	case <-c.stop:
+	case <-stop:
 		c.running.end(&failure{status: exitTemporary, err: errors.New("ended because the service is stopping")})
 	case <-c.running.ctx.Done():
 	case <-c.running.ended:
@@ -471,8 +465,8 @@ func (c *coprocess) becomesReady() bool {
 	return !c.over()
 }
 
-// reap waits for the end of the process. last becomes the reply to its last request.
-func (c *coprocess) reap() {
+// reap waits for the end of the process and returns the reply to its last request.
+func (c *coprocess) reap() Reply {
 	p := c.running
 	defer p.end(nil)
 	status, reason := c.wait(p)
@@ -483,10 +477,11 @@ func (c *coprocess) reap() {
 	if !c.output.answered {
 		c.restarts.failed(time.Now())
 	}
-	c.running, c.last, c.fault = nil, c.result(p, status, reason), nil
+	c.running, c.fault = nil, nil
 	if f := (*failure)(nil); errors.As(reason, &f) && f.status == exitProtocol {
 		c.fault = f
 	}
+	return c.result(p, status, reason)
 }
 
 // close lets the process end by itself at the end of its input, and otherwise ends it.
