@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -25,8 +26,8 @@ SIGTERM or SIGINT. Whoever can reach the endpoint can serve and call: open it on
 hosts that you trust.
 
   --host HOST            address or interface to listen on, * for all (127.0.0.1)
-  --port PORT            port to listen on, 0 for any free one (5555)
-  --broker ENDPOINT      listen here instead, tcp://HOST:PORT or ipc:///PATH; may be
+  -p, --port PORT        port to listen on, 0 for any free one (5555)
+  -b, --broker ENDPOINT  listen here instead, tcp://HOST:PORT or ipc:///PATH; may be
                          repeated
   --heartbeat DURATION   send workers a heartbeat this often (1s)
   --liveness N           give a worker up that has been silent for N heartbeat
@@ -79,8 +80,12 @@ type brokerTool struct {
 // AfterApply takes HOST and PORT as Dispatchr Backbone did, after the word "start".
 func (t *brokerTool) AfterApply() error {
 	where := t.Where
-	if len(where) > 0 && where[0] == "start" {
+	switch {
+	case len(where) == 0:
+	case where[0] == "start":
 		where = where[1:]
+	case slices.Contains([]string{"stop", "restart", "reload", "status"}, where[0]):
+		return fmt.Errorf("cannot %s: SIGTERM stops a broker, and brequest --list tells what it serves", where[0])
 	}
 	for _, flag := range []*string{&t.Host, &t.Port} {
 		if len(where) > 0 {

@@ -62,12 +62,15 @@ type brokerFlags struct {
 	QueueTTL  time.Duration `default:"1m"`
 	MaxQueue  int           `default:"100000"`
 	MaxMemory size          `default:"1G"`
-	Redeliver uint          `default:"0"`
+	Redeliver int           `default:"0"`
 }
 
 func (f *brokerFlags) Validate() error {
-	if f.MaxQueue < 0 {
+	switch {
+	case f.MaxQueue < 0:
 		return fmt.Errorf("--max-queue must be 0 or more, not %d", f.MaxQueue)
+	case f.Redeliver < 0:
+		return fmt.Errorf("--redeliver must be 0 or more, not %d", f.Redeliver)
 	}
 	return f.heartbeatFlags.Validate()
 }
@@ -129,7 +132,7 @@ type brokerRequest struct {
 	cost    size   // bytes that holding it takes
 
 	arrived, started time.Time
-	redelivered      uint
+	redelivered      int
 	returned         int // times that a worker returned it
 
 	// Its places in the queue of its client and among the addresses of its client, nil when in flight.

@@ -33,8 +33,8 @@ an ARG that looks like a flag.
       --no-wait           end with 69 at once if nobody serves NAME
       --list              print the services of the broker
       --host HOST         host of the broker (127.0.0.1)
-      --port PORT         port of the broker (5555)
-      --broker ENDPOINT   use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -p, --port PORT         port of the broker (5555)
+  -b, --broker ENDPOINT   use this broker instead: tcp://HOST:PORT or ipc:///PATH
   -q, --quiet             print errors only
   -v, --verbose           print a message for each request and reply
   -h, --help

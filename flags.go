@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net"
 	"os"
 	"reflect"
 	"slices"
@@ -23,8 +24,8 @@ type commonFlags struct {
 	Verbose bool `short:"v" xor:"verbosity"`
 
 	Host   string
-	Port   string
-	Broker []string `sep:"none"`
+	Port   string   `short:"p"`
+	Broker []string `short:"b" sep:"none"`
 }
 
 const (
@@ -46,7 +47,7 @@ func (f *commonFlags) endpoints() ([]string, error) {
 		source, endpoints = "BACKBONE_BROKER", []string{env}
 	}
 	for _, endpoint := range endpoints {
-		if !strings.HasPrefix(endpoint, "tcp://") && !strings.HasPrefix(endpoint, "ipc://") {
+		if !isEndpoint(endpoint) {
 			return nil, misuse("--broker tcp://localhost:5555", "%s must be %s, not %q", source, endpointForm, endpoint)
 		}
 	}
@@ -55,6 +56,15 @@ func (f *commonFlags) endpoints() ([]string, error) {
 		return []string{endpoint}, err
 	}
 	return endpoints, nil
+}
+
+// isEndpoint tells whether text has endpointForm, as far as that can be told before it is used.
+func isEndpoint(text string) bool {
+	if hostPort, ok := strings.CutPrefix(text, "tcp://"); ok {
+		host, port, err := net.SplitHostPort(hostPort)
+		return err == nil && host != "" && port != ""
+	}
+	return strings.HasPrefix(text, "ipc://") && text != "ipc://"
 }
 
 // hostAndPort returns the endpoint for a host and a port.
@@ -166,8 +176,27 @@ func decodeString(ctx *kong.DecodeContext, target reflect.Value) error {
 	return err
 }
 
-// popText returns the next value as it was typed.
+// decodeNumber takes a whole number. Whether it is in range is for the tool to say.
+func decodeNumber(ctx *kong.DecodeContext, target reflect.Value) error {
+	text, err := popText(ctx)
+	if err != nil {
+		return err
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		return fmt.Errorf("%q is not a whole number", text)
+	}
+	target.SetInt(int64(n))
+	return nil
+}
+
+// popText returns the next value as it was typed. A negative number is a value: kong itself would
+// take it for a flag.
 func popText(ctx *kong.DecodeContext) (string, error) {
+	if text, ok := ctx.Scan.Peek().Value.(string); ok && len(text) > 1 && text[0] == '-' && text[1] >= '0' && text[1] <= '9' {
+		ctx.Scan.Pop()
+		return text, nil
+	}
 	token, err := ctx.Scan.PopValue("string")
 	text, _ := token.Value.(string)
 	return text, err
@@ -206,6 +235,7 @@ func (o operands) with(values ...string) []string {
 func newParser(t command) *kong.Kong {
 	return kong.Must(t, kong.NoDefaultHelp(),
 		kong.KindMapper(reflect.String, kong.MapperFunc(decodeString)),
+		kong.KindMapper(reflect.Int, kong.MapperFunc(decodeNumber)),
 		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(decodeDuration)))
 }
 
@@ -218,8 +248,11 @@ func usageFailure(name string, err error) error {
 		if !strings.HasPrefix(flag, "--") {
 			text = "unknown flag " + flag // without kong's guess, which a single letter makes useless
 		}
-		if name != "bbroker" {
-			hint = fmt.Sprintf("put -- before arguments that are not for %s: %s NAME -- %s", name, name, flag)
+		switch {
+		case name == "bservice":
+			hint = fmt.Sprintf("flags of COMMAND follow it: bservice NAME COMMAND %s", flag)
+		case name == "brequest":
+			hint = fmt.Sprintf("put -- before arguments that are not for brequest: brequest NAME -- %s", flag)
 		}
 	}
 	if flag, _, ok := strings.Cut(text, ": expected "); ok && strings.HasSuffix(text, "(<EOL>)") {

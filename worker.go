@@ -41,8 +41,8 @@ and its exit status.
       --env NAME=VALUE   set a variable for COMMAND; may be repeated
       --grace DURATION   when stopped, let commands run this much longer (10s)
       --host HOST        host of the broker (127.0.0.1)
-      --port PORT        port of the broker (5555)
-      --broker ENDPOINT  use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -p, --port PORT        port of the broker (5555)
+  -b, --broker ENDPOINT  use this broker instead: tcp://HOST:PORT or ipc:///PATH
       --heartbeat DURATION
                          send a heartbeat this often (1s)
       --liveness N       reconnect when the broker has been silent for N heartbeat
