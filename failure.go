@@ -1,5 +1,20 @@
 package main
 
+/*
+#include <fcntl.h>
+#include <unistd.h>
+
+static int closed;
+
+// Go opens /dev/null for a standard descriptor that is closed. This function runs before.
+__attribute__((constructor)) static void check_stdout(void) {
+	closed = fcntl(STDOUT_FILENO, F_GETFD) < 0;
+}
+
+static int stdout_was_closed(void) { return closed; }
+*/
+import "C"
+
 import (
 	"cmp"
 	"errors"
@@ -79,6 +94,17 @@ func outputFailure(err error) error {
 		return &failure{status: exitSignal + int(syscall.SIGPIPE)}
 	}
 	return &failure{status: exitIO, err: err}
+}
+
+// keepStdoutClosed makes writes to standard output fail if it was closed when the process started, as
+// it is after >&-.
+func keepStdoutClosed() {
+	if C.stdout_was_closed() == 0 {
+		return
+	}
+	if fd, err := syscall.Open(os.DevNull, syscall.O_RDONLY|syscall.O_CLOEXEC, 0); err == nil {
+		os.Stdout = os.NewFile(uintptr(fd), "standard output")
+	}
 }
 
 // printOutput writes text to standard output.

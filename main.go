@@ -23,7 +23,7 @@ const backboneUsage = `Backbone turns any command into a network service and let
 Usage:
   backbone APPLET [ARG...]   run an applet; its name may lack the leading b
   backbone --list            print the names of the applets
-  backbone --install DIR     link the applets into DIR; overwrite nothing
+  backbone --install DIR     link the applets into DIR, which it makes; overwrite nothing
   backbone --version
   backbone --help
 
@@ -61,6 +61,7 @@ func applets() []applet {
 }
 
 func main() {
+	keepStdoutClosed()
 	exit(run(os.Args))
 }
 
@@ -134,8 +135,8 @@ func backbone(args []string) error {
 	return misuse("backbone --list prints the applets", "unknown applet %q", args[0])
 }
 
-// install creates a link for each applet in a directory. It keeps links to this binary, and creates
-// none if a name is taken by something else.
+// install creates a link for each applet in a directory, which it makes if need be. It keeps links to
+// this binary, and creates none if a name is taken by something else.
 func install(dir string) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -159,6 +160,9 @@ func install(dir string) error {
 		if target, err := os.Stat(path); err != nil || !os.SameFile(ours, target) {
 			return fmt.Errorf("%s exists and is not a link to this binary; move it away first", path)
 		}
+	}
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		return err
 	}
 	for _, path := range missing {
 		if err := os.Symlink(self, path); err != nil {
