@@ -66,16 +66,47 @@ func (c *CmdService) find() error {
 	if c.Cwd != "" && strings.Contains(path, "/") && !filepath.IsAbs(path) {
 		path = c.Cwd + "/" + path
 	}
-	_, err := exec.LookPath(path)
+	found, err := exec.LookPath(path)
+	if err == nil {
+		err = checkInterpreter(found)
+	}
 	if err == nil {
 		return nil
 	}
 	f := cannotRun(err)
 	if f.status == exitNotFound {
 		f.hint = "COMMAND is a program in $PATH, or its path"
+		if strings.ContainsAny(path, " \t\n;|&<>") {
+			f.hint = fmt.Sprintf("without the quotes, its words are COMMAND and ARGs; a shell runs it as sh -c %s", shellQuoted(path))
+		}
 	}
 	return f
 }
+
+// checkInterpreter returns an error if a file is a script whose interpreter does not exist: to execve(2)
+// the script itself would not exist.
+func checkInterpreter(path string) error {
+	script, err := os.Open(path)
+	if err != nil {
+		return nil // A program need not be readable.
+	}
+	defer script.Close()
+	head := make([]byte, 256)
+	n, _ := io.ReadFull(script, head)
+	line, isScript := strings.CutPrefix(string(head[:n]), "#!")
+	line, _, complete := strings.Cut(line, "\n")
+	interpreter := strings.FieldsFunc(line, func(r rune) bool { return r == ' ' || r == '\t' })
+	if !isScript || !complete || len(interpreter) == 0 {
+		return nil
+	}
+	if _, err := os.Stat(interpreter[0]); errors.Is(err, fs.ErrNotExist) {
+		return &failure{status: exitCannotRun, err: fmt.Errorf("%s: its interpreter %q does not exist", path, interpreter[0])}
+	}
+	return nil
+}
+
+// shellQuoted returns text as one word of a shell.
+func shellQuoted(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }
 
 // Handle runs the command with the frames of the body as arguments.
 func (c *CmdService) Handle(token string, body [][]byte) Reply {
@@ -115,6 +146,9 @@ func (c *CmdService) argv(body [][]byte) ([]string, error) {
 
 // cannotRun returns the failure of a command that did not start.
 func cannotRun(err error) *failure {
+	if f := (*failure)(nil); errors.As(err, &f) {
+		return f
+	}
 	status := exitCannotRun
 	if lookup := (*exec.Error)(nil); errors.As(err, &lookup) {
 		err = fmt.Errorf("%s: %w", lookup.Name, lookup.Err)
@@ -192,6 +226,9 @@ func (c *CmdService) redirect(p *process, stdout output) {
 
 func (c *CmdService) start(p *process) error {
 	err := p.Start()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = cmp.Or(checkInterpreter(p.Path), err)
+	}
 	if err != nil && c.Cwd != "" {
 		err = fmt.Errorf("%w, in %s", err, c.Cwd)
 	}
