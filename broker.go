@@ -106,16 +106,9 @@ func (t *brokerTool) Run() error {
 	if err != nil {
 		return err
 	}
-	level := slog.LevelInfo
-	switch {
-	case t.Quiet:
-		level = slog.LevelError
-	case t.Verbose:
-		level = slog.LevelDebug
-	}
 	stderr := newLogWriter(os.Stderr)
 	defer stderr.Close()
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	log := newLog(stderr, &t.commonFlags)
 
 	// Closing waits up to a second, the linger, for replies and DISCONNECTs to leave.
 	defer zmq.Term()
@@ -128,6 +121,8 @@ func (t *brokerTool) Run() error {
 	if err := printOutput(strings.Join(bound, "\n") + "\n"); err != nil {
 		return err
 	}
+	log.Info("broker started", "version", buildVersion(), "endpoints", strings.Join(bound, " "), "max_memory", t.MaxMemory,
+		"max_message", t.MaxMessage, "max_queue", t.MaxQueue, "queue_ttl", t.QueueTTL, "open_files", openFiles())
 
 	stop, cancel := context.WithCancel(context.Background())
 	defer onSignals(func(os.Signal) { cancel() })()
@@ -270,6 +265,8 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 		if stop.Err() != nil && graceEnd.IsZero() {
 			broker.Drain()
 			graceEnd = now.Add(grace)
+			inFlight := broker.inFlight()
+			log.Info("broker stopping", "waits_for", inFlight, "refuses", broker.unfinished-inFlight, "grace", grace)
 		}
 		deadline := broker.Tick(now)
 		memory.keep(broker.held, queuedForAll())
@@ -280,6 +277,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			}
 			if !now.Before(end) {
 				broker.Stop()
+				log.Info("broker stopped", "uptime", now.Sub(broker.begin).Round(time.Second), "requests", broker.total.counts[requestsTotal], "replies", broker.total.counts[repliesTotal])
 				return nil
 			}
 			deadline = earlier(deadline, end)

@@ -623,6 +623,16 @@ func (b *Broker) refuseWaiting(max int) (more bool) {
 	return false
 }
 
+// inFlight returns the number of requests that workers have.
+func (b *Broker) inFlight() (n int) {
+	for _, w := range b.workers {
+		if w.request != nil {
+			n++
+		}
+	}
+	return n
+}
+
 // Drained tells whether every request has ended.
 func (b *Broker) Drained() bool { return b.unfinished == 0 }
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"log/slog"
 	"maps"
 	"reflect"
 	"slices"
@@ -1099,7 +1098,7 @@ func BenchmarkDispatch(b *testing.B) {
 					worker, token = frames[0], frames[4]
 				}
 				return nil
-			}), slog.New(slog.DiscardHandler))
+			}), noLog)
 			for i := range load.services - 1 {
 				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), -1, now)
 			}

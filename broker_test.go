@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -82,7 +81,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer router.Close()
-	broker := NewBroker(testFlags, time.Now(), routerOutlet{router}, slog.New(slog.DiscardHandler))
+	broker := NewBroker(testFlags, time.Now(), routerOutlet{router}, noLog)
 	waiter := newPollWaiter()
 	receive := func(n int) {
 		end := time.Now().Add(10 * time.Second)

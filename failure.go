@@ -16,10 +16,8 @@ static int stdout_was_closed(void) { return closed; }
 import "C"
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"strconv"
@@ -117,11 +115,10 @@ func printOutput(text string) error {
 type console struct {
 	name           string // of the tool
 	quiet, verbose bool
-	log            io.Writer // used instead of standard error, unless it is nil
 }
 
 func (c console) errorf(format string, args ...any) {
-	fmt.Fprintf(cmp.Or[io.Writer](c.log, os.Stderr), "%s: %s\n", c.name, fmt.Sprintf(format, args...))
+	fmt.Fprintf(os.Stderr, "%s: %s\n", c.name, fmt.Sprintf(format, args...))
 }
 
 // infof prints what -q silences.
@@ -151,86 +148,6 @@ func (c console) report(err error) *failure {
 		c.infof("hint: %s", f.hint)
 	}
 	return f
-}
-
-// A logWriter writes to a file from a goroutine of its own, so that a reader of the file that is slow
-// or gone does not hold up those who log. It drops what its buffer has no room for, and says so. A
-// regular file has no reader to wait for, and is written to at once.
-type logWriter struct {
-	file    *os.File
-	regular bool
-
-	mu      sync.Mutex
-	filled  sync.Cond // buffer is not empty, or the writer is closed
-	buffer  []byte
-	dropped int // writes since the buffer was full
-	closed  bool
-	done    chan struct{} // closed when everything was written
-}
-
-const logBuffer = 1 << 20 // bytes
-
-func newLogWriter(file *os.File) *logWriter {
-	w := &logWriter{file: file, done: make(chan struct{})}
-	w.filled.L = &w.mu
-	if info, err := file.Stat(); err == nil {
-		w.regular = info.Mode().IsRegular()
-	}
-	// A write to a closed pipe fails then, and does not end the process. Commands do not inherit
-	// this, as they would inherit a signal that is ignored.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	go func() {
-		defer close(w.done)
-		for text := w.next(); text != nil; text = w.next() {
-			file.Write(text)
-		}
-	}()
-	return w
-}
-
-// next waits for text to write. It returns nil when the writer was closed.
-func (w *logWriter) next() []byte {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for len(w.buffer) == 0 && !w.closed {
-		w.filled.Wait()
-	}
-	text := w.buffer
-	w.buffer = nil
-	if w.dropped > 0 {
-		text = fmt.Appendf(text, "%d messages were dropped: standard error is not read\n", w.dropped)
-		w.dropped = 0
-	}
-	return text
-}
-
-// Write never waits and never fails.
-func (w *logWriter) Write(p []byte) (int, error) {
-	if w.regular {
-		w.file.Write(p)
-		return len(p), nil
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.buffer)+len(p) > logBuffer {
-		w.dropped++
-		return len(p), nil
-	}
-	w.buffer = append(w.buffer, p...)
-	w.filled.Signal()
-	return len(p), nil
-}
-
-// Close waits until everything is written, but not for longer than a second.
-func (w *logWriter) Close() {
-	w.mu.Lock()
-	w.closed = true
-	w.filled.Signal()
-	w.mu.Unlock()
-	select {
-	case <-w.done:
-	case <-time.After(time.Second):
-	}
 }
 
 // printable returns text as it is, or quoted if it would break a line or hide something.

@@ -348,7 +348,7 @@ func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 	go func() {
 		flags := testFlags
 		flags.heartbeatFlags = heartbeatFlags{Heartbeat: heartbeat, Liveness: 100}
-		err := runBroker(stop, router, flags, time.Second, slog.New(slog.DiscardHandler))
+		err := runBroker(stop, router, flags, time.Second, noLog)
 		router.Close()
 		ended <- err
 	}()
@@ -369,7 +369,8 @@ func startService(t testing.TB, endpoint string, handler Handler) (stop func()) 
 		Endpoint:       endpoint,
 		Handler:        handler,
 		heartbeatFlags: heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100},
-		console:        console{quiet: true},
+		log:            noLog,
+		brokerLog:      noLog,
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -441,6 +442,14 @@ func newFifo(t *testing.T) string {
 	}
 	return fifo
 }
+
+// noLog is for those whose log does not matter.
+var noLog = slog.New(slog.DiscardHandler)
+
+// toStderr writes to what is standard error at the time.
+type toStderr struct{}
+
+func (toStderr) Write(p []byte) (int, error) { return os.Stderr.Write(p) }
 
 // captureStderr runs f and returns what this process writes to standard error meanwhile.
 func captureStderr(t *testing.T, f func()) string {
@@ -594,7 +603,7 @@ func (s *system) start(name string, args ...string) *childProcess {
 func (s *system) startShellService(name, line string) *childProcess {
 	s.t.Helper()
 	p := s.start("bservice", "--heartbeat", "100ms", name, "sh", "-c", line, "sh")
-	p.waitForLines(1, "is ready")
+	p.waitForLines(1, "service ready")
 	return p
 }
 

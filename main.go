@@ -176,10 +176,18 @@ func install(dir string) error {
 var release string
 
 func version(name string) string {
-	v := release
-	if info, ok := debug.ReadBuildInfo(); ok && v == "" {
-		v = info.Main.Version
+	return fmt.Sprintf("%s %s (libzmq %s)\n", name, buildVersion(), libraryVersion())
+}
+
+func buildVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && release == "" {
+		return info.Main.Version
 	}
+	return release
+}
+
+// libraryVersion returns the version of libzmq.
+func libraryVersion() string {
 	major, minor, patch := zmq.Version()
-	return fmt.Sprintf("%s %s (libzmq %d.%d.%d)\n", name, v, major, minor, patch)
+	return fmt.Sprintf("%d.%d.%d", major, minor, patch)
 }

@@ -202,6 +202,9 @@ type Reply struct {
 	// FromBroker marks a failure of the broker itself, for which no command ended. If its status is
 	// 75, no command has begun either.
 	FromBroker bool
+
+	// Reason is why a service ended a command or ran none. It is for the log; the client reads it in Stderr.
+	Reason error
 }
 
 const statusPrefix = "exit status "

@@ -174,7 +174,7 @@ func TestServiceAndClientFindTheBrokerAfterAPartition(t *testing.T) {
 	n.waitForMetric("backbone_workers", 1)
 	// The service has tried to connect in vain once it says that it waits.
 	far.waitForLines(1, "the broker was silent")
-	far.waitForLines(1, "waits for a broker")
+	far.waitForLines(1, "waiting for a broker")
 	fromFar := n.startRemote("brequest", "near", "x")
 	toFar := n.start("brequest", "far", "x")
 	n.waitForMetric("backbone_queue_length", 1)

@@ -120,7 +120,7 @@ func (s *system) startServiceIn(language string) (stop func()) {
 	if language == "go" {
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan error, 1)
-		service := &Service{Name: "peer", Endpoint: s.endpoint, Handler: peerHandler, console: console{quiet: true},
+		service := &Service{Name: "peer", Endpoint: s.endpoint, Handler: peerHandler, log: noLog, brokerLog: noLog,
 			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5}}
 		go func() { ended <- service.Serve(ctx) }()
 		stop = sync.OnceFunc(func() {

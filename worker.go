@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"runtime"
 	"strings"
@@ -114,25 +115,29 @@ func (t *serviceTool) Run() error {
 		t.Timeout = &timeout
 	}
 
+	stderr := newLogWriter(os.Stderr)
+	defer stderr.Close()
+	log := newLog(stderr, &t.commonFlags).With("service", t.Name)
+
 	// A signal asks the commands to end soon; a second one, or the end of the grace, now.
 	stop, endSoon := context.WithCancel(context.Background())
 	abort, endNow := context.WithCancelCause(context.Background())
 	defer onSignals(
 		func(os.Signal) {
+			log.Info("service stopping", "grace", t.Grace)
 			endSoon()
 			time.AfterFunc(t.Grace, func() { endNow(nil) })
 		},
 		func(second os.Signal) { endNow(signalled(second)) },
 	)()
 
-	stderr := newLogWriter(os.Stderr)
-	defer stderr.Close()
-	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Abort: abort, Log: stderr, commandFlags: t.commandFlags}
-	if err := command.find(); err != nil {
-		return err
-	}
 	if t.Jobs == 0 {
 		t.Jobs = runtime.GOMAXPROCS(0)
+	}
+	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Abort: abort, Stderr: stderr,
+		LabelStderr: t.Jobs > 1, commandFlags: t.commandFlags}
+	if err := command.find(); err != nil {
+		return err
 	}
 	// Each job has a socket, and some that go with it.
 	if err := zmq.SetMaxSockets(10 + 8*t.Jobs); err != nil {
@@ -140,13 +145,13 @@ func (t *serviceTool) Run() error {
 	}
 	defer zmq.Term() // waits until the last reply and DISCONNECT have left
 
-	c := t.console("bservice")
-	c.log = stderr
-	c.infof("%s runs %s", t.Name, strings.Join(t.Command, " "))
+	log.Info("service started", "version", buildVersion(), "command", strings.Join(t.Command, " "), "jobs", t.Jobs, "broker", endpoint)
 	ended := make(chan error)
-	for range t.Jobs {
-		job := &Service{Name: t.Name, Endpoint: endpoint, heartbeatFlags: t.heartbeatFlags, console: c}
-		c.quiet = true // Only the first job reports on the broker.
+	for i := range t.Jobs {
+		job := &Service{Name: t.Name, Endpoint: endpoint, heartbeatFlags: t.heartbeatFlags, log: log, brokerLog: log}
+		if i > 0 {
+			job.brokerLog = slog.New(slog.DiscardHandler) // The others would say the same.
+		}
 		go func() { ended <- t.serve(stop, job, command) }()
 	}
 	for range t.Jobs {
@@ -155,6 +160,7 @@ func (t *serviceTool) Run() error {
 			endSoon()
 		}
 	}
+	log.Info("service stopped")
 	var second *failure
 	if err == nil && errors.As(context.Cause(abort), &second) {
 		return second
@@ -182,7 +188,7 @@ func (t *serviceTool) check() error {
 		return misuse("it is for the first lines of a coprocess", "--skip-lines needs --coproc")
 	case t.Coproc && t.Stdin:
 		return misuse("a request is a line of its input", "--coproc and --stdin can't be used together")
-	case t.Coproc && t.Stderr == "reply":
+	case t.Coproc && t.StderrTo == "reply":
 		return misuse("--stderr log or merge", "--stderr reply can't be used with --coproc, whose standard error belongs to no request")
 	}
 	return nil
@@ -192,8 +198,7 @@ func (t *serviceTool) check() error {
 func (t *serviceTool) serve(stop context.Context, job *Service, command *CmdService) error {
 	job.Handler = command.Handle
 	if t.Coproc {
-		process := &coprocess{CmdService: command, console: t.console("bservice"), terminator: '\n', skipLines: t.SkipLines}
-		process.log = command.Log
+		process := &coprocess{CmdService: command, log: job.log, terminator: '\n', skipLines: t.SkipLines}
 		if t.Null {
 			process.terminator = 0
 		}
@@ -214,7 +219,9 @@ type Service struct {
 	Endpoint string
 	Handler  Handler
 	heartbeatFlags
-	console
+
+	log       *slog.Logger
+	brokerLog *slog.Logger // of the connection to the broker
 
 	nextNotice time.Time // when to say that no broker is there; zero while one is
 }
@@ -235,7 +242,7 @@ func (s *Service) Serve(stop context.Context) error {
 		case unknownHost:
 			s.noticeMissing(begin) // The name may be known soon.
 		case over != errMissing:
-			s.infof("%s: %v; reconnecting to %s", s.Name, over, s.Endpoint)
+			s.brokerLog.Warn("connecting again", "broker", s.Endpoint, "why", over)
 		}
 		// A broker that turns us away at once must not be asked again at once.
 		pause := min(s.Heartbeat, time.Second)
@@ -257,7 +264,7 @@ func (s *Service) noticeMissing(now time.Time) bool {
 		return false
 	}
 	s.nextNotice = now.Add(30 * time.Second)
-	s.infof("%s waits for a broker at %s", s.Name, s.Endpoint)
+	s.brokerLog.Warn("waiting for a broker", "broker", s.Endpoint)
 	return true
 }
 
@@ -291,6 +298,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 			}()
 		},
 	}
+	stopping := false
 	for {
 		if err := waiter.Wait(current.Tick(time.Now())); err != nil {
 			return nil, err
@@ -329,6 +337,10 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 		switch {
 		case current.working:
 			// Even if the session is over: there is one command at a time.
+			if stop.Err() != nil && !stopping {
+				stopping = true
+				s.log.Info("waiting for a command", "request", tokenOf(current.address))
+			}
 		case current.over != nil:
 			return current.over, nil
 		case stop.Err() != nil:
@@ -338,12 +350,22 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 	}
 }
 
-// answer handles a request, logs it if that is asked for, and returns the body of the reply.
+// answer handles a request, logs it if it failed or if that is asked for, and returns the body of the
+// reply.
 func (s *Service) answer(token string, request [][]byte) [][]byte {
 	begin := time.Now()
 	reply := s.Handler(token, request)
 	body := reply.Body()
-	s.debugf("service=%s request=%s status=%d ms=%d in=%d out=%d",
-		s.Name, token, reply.Status, time.Since(begin).Milliseconds(), sizeOf(request), sizeOf(body))
+	level, message := slog.LevelDebug, "request done"
+	if reply.Status != 0 {
+		level, message = slog.LevelWarn, "request failed"
+	}
+	if s.log.Enabled(context.Background(), level) {
+		log := s.log.With("request", token, "status", reply.Status, "took", time.Since(begin).Round(time.Microsecond), "in", sizeOf(request), "out", sizeOf(body))
+		if reply.Reason != nil {
+			log = log.With("why", reply.Reason)
+		}
+		log.Log(context.Background(), level, message)
+	}
 	return body
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,7 +25,7 @@ type commandFlags struct {
 	Timeout   *time.Duration // nil or 0 for none
 	KillAfter time.Duration  `default:"2s"`
 	MaxOutput size           `default:"64M"`
-	Stderr    string         `enum:"log,reply,merge" default:"log"`
+	StderrTo  string         `name:"stderr" enum:"log,reply,merge" default:"log"`
 	Cwd       string
 	Env       []string `sep:"none"`
 }
@@ -55,8 +56,12 @@ type CmdService struct {
 	Endpoint string
 	Command  operands        // {} stands for the frames of the request, else they follow at the end
 	Abort    context.Context // when done, running commands are ended
-	Log      io.Writer       // of the standard error of commands; nil is that of this process
 	commandFlags
+
+	// Stderr is where the standard error of commands goes, line by line. LabelStderr tells which request a
+	// line belongs to.
+	Stderr      io.Writer
+	LabelStderr bool
 }
 
 // find looks the command up, so that a service that cannot work fails before its first
@@ -124,6 +129,7 @@ func (c *CmdService) Handle(token string, body [][]byte) Reply {
 		p.Stdin = bytes.NewReader(stdin)
 	}
 	c.redirect(p, newLimitedBuffer(c.MaxOutput, p.end))
+	p.log.Begin(c.label(token))
 	if err := c.start(p); err != nil {
 		return c.refusal(cannotRun(err))
 	}
@@ -167,7 +173,7 @@ func cannotRun(err error) *failure {
 
 // refusal returns the reply to a request for which no command ran.
 func (c *CmdService) refusal(f *failure) Reply {
-	return Reply{Stderr: c.message(f), Status: f.status}
+	return Reply{Stderr: c.message(f), Status: f.status, Reason: f}
 }
 
 // message returns what bservice itself tells the client.
@@ -180,6 +186,7 @@ func (c *CmdService) message(err error) []byte {
 type process struct {
 	*exec.Cmd
 	stdout, stderr output
+	log            *tailBuffer             // of its standard error
 	ctx            context.Context         // done when the process has to end
 	end            context.CancelCauseFunc // cancels ctx; a failure as its cause becomes the reply
 	ended          chan struct{}           // closed when it has ended and its output was read
@@ -214,14 +221,23 @@ func (p *process) signalGroup(s syscall.Signal) error {
 
 // redirect sends what the process prints where --stderr wants it.
 func (c *CmdService) redirect(p *process, stdout output) {
-	p.stdout, p.stderr = stdout, &tailBuffer{log: cmp.Or[io.Writer](c.Log, os.Stderr)}
-	if c.Stderr == "reply" {
+	p.log = &tailBuffer{log: lineWriter{log: c.Stderr}}
+	p.stdout, p.stderr = stdout, p.log
+	if c.StderrTo == "reply" {
 		p.stderr = newLimitedBuffer(c.MaxOutput, p.end)
 	}
 	p.Stdout, p.Stderr = p.stdout, p.stderr
-	if c.Stderr == "merge" {
+	if c.StderrTo == "merge" {
 		p.Stderr = p.stdout
 	}
+}
+
+// label returns what stands before the lines that a command prints for a request to standard error.
+func (c *CmdService) label(token string) string {
+	if !c.LabelStderr {
+		return ""
+	}
+	return token + ": "
 }
 
 func (c *CmdService) start(p *process) error {
@@ -237,6 +253,7 @@ func (c *CmdService) start(p *process) error {
 	}
 	go func() {
 		p.Wait()
+		p.log.End()
 		if p.ctx.Err() != nil {
 			// exec ends the leader only; the rest of the group may ignore SIGTERM.
 			p.signalGroup(syscall.SIGKILL)
@@ -275,8 +292,8 @@ func (c *CmdService) wait(p *process) (status int, reason error) {
 
 // result returns the reply of a process that has ended.
 func (c *CmdService) result(p *process, status int, reason error) Reply {
-	reply := Reply{Output: [][]byte{p.stdout.Bytes()}, Status: status}
-	if status != 0 || c.Stderr == "reply" {
+	reply := Reply{Output: [][]byte{p.stdout.Bytes()}, Status: status, Reason: reason}
+	if status != 0 || c.StderrTo == "reply" {
 		reply.Stderr = p.stderr.Bytes()
 	}
 	if reason != nil {
@@ -319,19 +336,19 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// A tailBuffer passes everything on to a log and keeps the end of it.
+// A tailBuffer passes everything on to a log and keeps the end of what was written for a request.
 type tailBuffer struct {
-	log  io.Writer
 	mu   sync.Mutex // a coprocess writes while requests begin
-	tail []byte     // up to twice tailLength bytes
+	log  lineWriter
+	tail []byte // up to twice tailLength bytes
 }
 
 const tailLength = 64 << 10
 
 func (b *tailBuffer) Write(p []byte) (int, error) {
-	b.log.Write(p) // If that fails, the command need not know.
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.log.Write(p)
 	b.tail = append(b.tail, p...)
 	if surplus := len(b.tail) - tailLength; surplus > tailLength {
 		b.tail = append(b.tail[:0], b.tail[surplus:]...)
@@ -346,17 +363,26 @@ func (b *tailBuffer) Bytes() []byte {
 	return b.tail[max(0, len(b.tail)-tailLength):]
 }
 
-func (b *tailBuffer) Reset() {
+// Begin begins with the next request, whose lines get a label in the log.
+func (b *tailBuffer) Begin(label string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.tail = nil
+	b.log.Flush()
+	b.log.prefix, b.tail = label, nil
+}
+
+// End completes the last line in the log.
+func (b *tailBuffer) End() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.log.Flush()
 }
 
 // A coprocess answers requests, one at a time, with a command that keeps running: each
 // request is a line of its input, and each line of its output is a reply.
 type coprocess struct {
 	*CmdService
-	console
+	log        *slog.Logger
 	terminator byte // ends lines: a newline or NUL
 	skipLines  int  // that each process prints before it is ready
 
@@ -380,9 +406,7 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 	if refused := c.ensureRunning(nil); refused != nil {
 		return *refused
 	}
-	if stderr, ok := c.running.stderr.(*tailBuffer); ok {
-		stderr.Reset() // It is about earlier requests.
-	}
+	c.running.log.Begin(c.label(token)) // What it printed before is about earlier requests.
 	defer c.limitTime(c.running)()
 	c.output.await()
 	// The process may print while it reads: a long line does not fit into the pipe.
@@ -443,7 +467,7 @@ func (c *coprocess) ensureRunning(stop <-chan struct{}) (refused *Reply) {
 	}
 	if err := c.launch(); err != nil {
 		c.fault = cannotRun(err)
-		c.errorf("%s: %v", c.Name, c.fault)
+		c.log.Error("coprocess did not start", "why", c.fault)
 		c.restarts.failed(time.Now())
 		return refuse(c.fault)
 	}
@@ -510,7 +534,7 @@ func (c *coprocess) reap() Reply {
 	if status == 0 {
 		status, reason = exitUnavailable, errors.New("ended without a reply")
 	}
-	c.infof("%s: %s ended: %v", c.Name, c.Command[0], cmp.Or(reason, errors.New(p.ProcessState.String())))
+	c.log.Warn("coprocess ended", "pid", p.Process.Pid, "why", cmp.Or(reason, errors.New(p.ProcessState.String())))
 	if !c.output.answered {
 		c.restarts.failed(time.Now())
 	}

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -20,7 +22,8 @@ func testCommand(command ...string) *CmdService {
 		Endpoint:     "tcp://broker:5555",
 		Command:      command,
 		Abort:        context.Background(),
-		commandFlags: commandFlags{KillAfter: 2 * time.Second, MaxOutput: 64 << 20, Stderr: "log"},
+		commandFlags: commandFlags{KillAfter: 2 * time.Second, MaxOutput: 64 << 20, StderrTo: "log"},
+		Stderr:       toStderr{},
 	}
 }
 
@@ -138,7 +141,7 @@ func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
 		{"merge", wrong, "", []string{"1\n2\n3\n", "", "exit status 4"}},
 	} {
 		c := testCommand("sh", "-c", test.line)
-		c.Stderr = test.stderr
+		c.StderrTo = test.stderr
 		var got []string
 		log := captureStderr(t, func() { got = spell(c.Handle("token", nil).Body()) })
 		if !reflect.DeepEqual(got, test.want) || log != test.log {
@@ -163,7 +166,7 @@ func TestOutputBeyondItsBoundEndsTheCommand(t *testing.T) {
 		{"reply", "yes >&2"},
 	} {
 		c := testCommand("sh", "-c", test.line)
-		c.MaxOutput, c.Stderr = 1000, test.stderr
+		c.MaxOutput, c.StderrTo = 1000, test.stderr
 		got := spell(c.Handle("token", nil).Body())
 		if len(got) != 3 || len(got[0])+len(got[1]) > 1200 || got[2] != "exit status 74" ||
 			!strings.Contains(got[1], "bservice: svc: ended because it printed more than --max-output 1000 bytes\n") {
@@ -243,7 +246,7 @@ func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
 func newCoprocess(t *testing.T, command ...string) *coprocess {
 	t.Helper()
 	timeout := 20 * time.Second
-	c := &coprocess{CmdService: testCommand(command...), console: console{quiet: true}, terminator: '\n'}
+	c := &coprocess{CmdService: testCommand(command...), log: noLog, terminator: '\n'}
 	c.Timeout = &timeout
 	t.Cleanup(c.close)
 	return c
@@ -399,12 +402,25 @@ func TestReplyDuringAPauseHasNothingOfOtherRequests(t *testing.T) {
 
 func TestCoprocessThatCannotBeStartedSaysSoAgain(t *testing.T) {
 	c := newCoprocess(t, "/no/such/command")
-	said := captureStderr(t, func() { c.open(context.Background()) })
-	if !strings.Contains(said, "no such file") {
+	var log bytes.Buffer
+	c.log = slog.New(slog.NewTextHandler(&log, nil))
+	c.open(context.Background())
+	if said := log.String(); !strings.Contains(said, `level=ERROR msg="coprocess did not start"`) || !strings.Contains(said, "no such file") {
 		t.Errorf("the log has %q", said)
 	}
 	for range 4 {
 		c.expectReply(t, nil, "", "bservice: svc: fork/exec /no/such/command: no such file or directory\n", "exit status 127")
+	}
+}
+
+func TestLinesOfACoprocessCarryTheRequestThatItHasWhereJobsRunSideBySide(t *testing.T) {
+	var log writes
+	c := newCoprocess(t, "sh", "-c", "echo hello >&2; while read -r line; do echo got $line >&2; echo $line; done")
+	c.Stderr, c.LabelStderr = &log, true
+	c.Handle("a.1", frames("x"))
+	c.close()
+	if got, want := strings.Join(log, ""), "hello\na.1: got x\n"; got != want {
+		t.Errorf("the log has %q, want %q", got, want)
 	}
 }
 

@@ -41,7 +41,7 @@ func (s *session) Flush() {
 		s.registered = s.deliver(Message{Kind: KindReady, Service: []byte(s.Name)})
 		if s.registered {
 			s.nextNotice = time.Time{}
-			s.infof("%s is ready at %s", s.Name, s.Endpoint)
+			s.brokerLog.Info("service ready", "broker", s.Endpoint)
 		}
 	}
 	if s.registered && s.reply != nil && s.deliver(*s.reply) {
@@ -53,7 +53,7 @@ func (s *session) Flush() {
 func (s *session) deliver(m Message) bool {
 	err := s.send(m.Frames())
 	if err != nil && err != errWouldBlock {
-		s.over = err
+		s.end(err)
 	}
 	return err == nil
 }
@@ -73,7 +73,7 @@ func (s *session) Receive(frames [][]byte) {
 	if err != nil {
 		if !s.complained {
 			s.complained = true
-			s.errorf("bad message from %s: %v", s.Endpoint, err)
+			s.log.Error("bad message", "broker", s.Endpoint, "why", err)
 		}
 		return
 	}
@@ -83,7 +83,7 @@ func (s *session) Receive(frames [][]byte) {
 	case KindRequest:
 		s.request = &m
 	case KindDisconnect:
-		s.over = errors.New("the broker sent DISCONNECT")
+		s.end(errors.New("the broker sent DISCONNECT"))
 	}
 }
 
@@ -105,7 +105,7 @@ func (s *session) stoodStill(now time.Time) bool {
 	if late <= s.silenceLimit() {
 		return false
 	}
-	s.over = fmt.Errorf("this process stood still for %v", late.Round(time.Second))
+	s.end(fmt.Errorf("this process stood still for %v", late.Round(time.Second)))
 	s.deliver(Message{Kind: KindDisconnect})
 	return true
 }
@@ -119,11 +119,11 @@ func tokenOf(address [][]byte) string {
 // Finish takes the body of the reply to the request in hand.
 func (s *session) Finish(body [][]byte) {
 	s.working, s.silence = false, 0
+	s.reply = &Message{Kind: KindReply, Client: s.address, Body: body}
 	if s.over != nil {
-		s.errorf("%s: reply dropped: %v", s.Name, s.over)
+		s.dropReply(s.over)
 		return
 	}
-	s.reply = &Message{Kind: KindReply, Client: s.address, Body: body}
 	s.Flush()
 }
 
@@ -141,7 +141,7 @@ func (s *session) Tick(now time.Time) time.Time {
 	s.due = now.Add(s.Heartbeat)
 	if !s.registered {
 		if s.noticeMissing(now) {
-			s.over = errMissing // The name of its host may have another address by now.
+			s.end(errMissing) // The name of its host may have another address by now.
 		}
 		return s.due
 	}
@@ -156,12 +156,15 @@ func (s *session) Tick(now time.Time) time.Time {
 		}
 	}
 	if s.silence > s.Liveness {
-		s.over = fmt.Errorf("the broker was silent for %d heartbeats", s.Liveness)
-		if s.reply != nil {
-			s.errorf("%s: reply dropped: %v", s.Name, s.over)
-		}
+		s.end(fmt.Errorf("the broker was silent for %d heartbeats", s.Liveness))
 	}
 	return s.due
+}
+
+// end ends the session. A reply that was not sent never will be.
+func (s *session) end(why error) {
+	s.over = why
+	s.dropReply(why)
 }
 
 // errMissing is why a session ends if no broker was there for a while.
@@ -171,7 +174,7 @@ var errMissing = errors.New("no broker is there")
 // worker might wait for a request that the broker has sent.
 func (s *session) Lose() {
 	if s.over == nil && s.registered && !s.busy() {
-		s.over = errors.New("the connection to the broker broke")
+		s.end(errors.New("the connection to the broker broke"))
 	}
 }
 
@@ -184,10 +187,16 @@ func (s *session) busy() bool {
 
 // Leave sends DISCONNECT.
 func (s *session) Leave() {
-	if s.reply != nil {
-		s.errorf("%s: reply dropped: the broker is gone", s.Name)
-	}
+	s.dropReply(errors.New("the broker is gone"))
 	if s.registered {
 		s.deliver(Message{Kind: KindDisconnect})
+	}
+}
+
+// dropReply logs that a reply, if there is one, cannot be sent any more.
+func (s *session) dropReply(why error) {
+	if s.reply != nil {
+		s.log.Error("reply dropped", "request", tokenOf(s.reply.Client), "why", why)
+		s.reply = nil
 	}
 }

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"fmt"
+	"log/slog"
 	"reflect"
 	"strings"
 	"syscall"
@@ -26,7 +29,8 @@ func newFakeSession(t *testing.T) *fakeSession {
 		Service: &Service{
 			Name:           "echo",
 			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
-			console:        console{quiet: true},
+			log:            noLog,
+			brokerLog:      noLog,
 		},
 		send: func(frames [][]byte) error {
 			if s.failure == nil {
@@ -107,24 +111,29 @@ func TestReplyGoesToTheAddressOfItsRequest(t *testing.T) {
 
 func TestMissingBrokerIsReportedEveryHalfMinute(t *testing.T) {
 	s := newFakeSession(t)
-	s.quiet, s.name, s.Endpoint = false, "bservice", "tcp://nowhere:5555"
-	const waits = "bservice: echo waits for a broker at tcp://nowhere:5555\n"
+	var log bytes.Buffer
+	s.brokerLog, s.Endpoint = slog.New(slog.NewTextHandler(&log, nil)), "tcp://nowhere:5555"
+	const waits = `level=WARN msg="waiting for a broker" broker=tcp://nowhere:5555`
 	for _, want := range []struct {
 		seconds int
-		stderr  string
+		logged  string
 	}{{0, ""}, {1, waits}, {29, ""}, {1, waits}, {29, ""}, {1, waits}} {
-		if got := captureStderr(t, func() { s.pass(want.seconds) }); got != want.stderr {
-			t.Errorf("after %d s more it printed %q, want %q", want.seconds, got, want.stderr)
+		log.Reset()
+		s.pass(want.seconds)
+		if got := log.String(); (got != "") != (want.logged != "") || !strings.Contains(got, want.logged) {
+			t.Errorf("after %d s more it logged %q, want %q", want.seconds, got, want.logged)
 		}
 		// Each time the session ends, since the name of the broker may now have another address.
-		if over := s.over != nil; over != (want.stderr != "") {
+		if over := s.over != nil; over != (want.logged != "") {
 			t.Errorf("after %d s more the session is over: %v", want.seconds, s.over)
 		}
 		s.over = nil
 	}
-	captureStderr(t, func() { s.register() })
-	if got := captureStderr(t, func() { s.pass(3) }); got != "" {
-		t.Errorf("with a broker it printed %q", got)
+	s.register()
+	log.Reset()
+	s.pass(3)
+	if got := log.String(); got != "" {
+		t.Errorf("with a broker it logged %q", got)
 	}
 }
 
@@ -246,11 +255,8 @@ func TestReplyThatCannotBeSentEndsASilentSession(t *testing.T) {
 	s.Finish(frames("y"))
 	s.pass(5)
 	s.expectOver(false)
-	said := captureStderr(t, func() { s.pass(1) })
+	s.pass(1)
 	s.expectOver(true)
-	if !strings.Contains(said, "reply dropped") {
-		t.Errorf("the log has %q", said)
-	}
 }
 
 func TestReplyIsNotSentToABrokerThatDisconnectedMeanwhile(t *testing.T) {
@@ -265,6 +271,37 @@ func TestReplyIsNotSentToABrokerThatDisconnectedMeanwhile(t *testing.T) {
 	s.Finish(frames("done"))
 	s.expect()
 	s.expectOver(true)
+}
+
+func TestReplyThatIsDroppedIsLoggedOnce(t *testing.T) {
+	disconnect := func(s *fakeSession) { s.from("", "MDPW01", "\x05") }
+	unsent := func(s *fakeSession) {
+		s.failure = errWouldBlock
+		s.Finish(frames("reply"))
+	}
+	for why, events := range map[string][]func(*fakeSession){
+		"the broker sent DISCONNECT":             {disconnect, func(s *fakeSession) { s.Finish(frames("reply")) }},
+		"the broker sent DISCONNECT ":            {unsent, disconnect},
+		"the broker was silent for 5 heartbeats": {unsent, func(s *fakeSession) { s.pass(10) }},
+		"the broker is gone":                     {unsent, func(s *fakeSession) { s.Leave() }},
+		"connection reset by peer": {func(s *fakeSession) {
+			s.failure = syscall.ECONNRESET
+			s.Finish(frames("reply"))
+		}},
+	} {
+		s := newFakeSession(t)
+		var log bytes.Buffer
+		s.log = slog.New(slog.NewTextHandler(&log, nil))
+		s.register()
+		s.from("", "MDPW01", "\x02", "C.7", "", "hello")
+		for _, event := range events {
+			event(s)
+		}
+		want := fmt.Sprintf("level=ERROR msg=\"reply dropped\" request=C.7 why=%q\n", strings.TrimSpace(why))
+		if got := log.String(); !strings.HasSuffix(got, want) || strings.Count(got, "\n") != 1 {
+			t.Errorf("it logged %q, want %q", got, want)
+		}
+	}
 }
 
 func TestConnectionLostInAMessageEndsTheSession(t *testing.T) {
