@@ -178,23 +178,25 @@ func bind(router *socket, endpoint string) (string, error) {
 	}
 	if zmq.AsErrno(err) == zmq.Errno(syscall.ENODEV) {
 		// ZeroMQ takes addresses and interfaces here, but no names.
-		if address, lookUpErr := lookUp(context.Background(), endpoint); lookUpErr == nil {
+		var address string
+		if address, err = lookUp(context.Background(), endpoint); err == nil {
 			err = setTransport(router, address)
-			if err == nil {
-				err = router.Bind(address)
-			}
+		}
+		if err == nil {
+			err = router.Bind(address)
 		}
 	}
 	if err == nil {
 		return router.GetLastEndpoint()
 	}
+	// It may be possible later: a name may not be known yet, and an interface may not be there yet.
 	f := &failure{status: exitUnavailable, err: fmt.Errorf("listen on %s: %w", endpoint, err)}
-	switch zmq.AsErrno(err) {
-	case zmq.Errno(syscall.EADDRINUSE):
+	switch {
+	case errors.Is(err, errLookUp), zmq.AsErrno(err) == zmq.Errno(syscall.ENODEV), zmq.AsErrno(err) == zmq.Errno(syscall.EADDRNOTAVAIL):
+		f.hint = "use an address, a name or an interface of this host, or * for all of them"
+	case zmq.AsErrno(err) == zmq.Errno(syscall.EADDRINUSE):
 		f.hint = "is another broker running? --port 0 takes any free port"
-	case zmq.Errno(syscall.ENODEV):
-		f.status, f.hint = exitUsage, "use an address, a name or an interface of this host, or * for all of them"
-	case zmq.Errno(syscall.EINVAL):
+	case zmq.AsErrno(err) == zmq.Errno(syscall.EINVAL):
 		f.status, f.hint = exitUsage, "an endpoint is "+endpointForm
 	}
 	return "", f

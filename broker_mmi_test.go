@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"regexp"
 	"strings"
 	"testing"
@@ -73,6 +74,8 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	for _, line := range []string{
 		"# TYPE backbone_requests_total counter",
 		"backbone_uptime_seconds 2.5",
+		"backbone_held_bytes 0",
+		"backbone_held_max_bytes 1048576",
 		"backbone_workers 0",
 		"backbone_queue_length 0",
 		"backbone_requests_total 2",
@@ -91,14 +94,21 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 			t.Errorf("the metrics lack %q", line)
 		}
 	}
+	if build := regexp.MustCompile(`(?m)^backbone_build_info\{version=".+",libzmq="4\.\d+\.\d+"\} 1$`); !build.MatchString(metrics) {
+		t.Error("the metrics lack backbone_build_info")
+	}
 	if strings.Contains(metrics, "echo") {
 		t.Error("the metrics contain a service that no longer exists")
 	}
 
 	r.from("V", "", "MDPW01", "\x01", "echo\"\xff")
+	r.from("C", "", "MDPC01", "nobody", "waits")
 	r.from("C", "", "MDPC01", "mmi.metrics")
 	metrics = r.expect([]string{"C", "", "MDPC01", "mmi.metrics", "*"})[0]
 	if line := "backbone_service_workers{service=\"\\\"echo\\\\\\\"\\\\xff\\\"\"} 1\n"; !strings.Contains(metrics, line) {
+		t.Errorf("the metrics lack %q", line)
+	}
+	if line := fmt.Sprintf("\nbackbone_held_bytes %d\n", r.held); r.held == 0 || !strings.Contains(metrics, line) {
 		t.Errorf("the metrics lack %q", line)
 	}
 	seen := map[string]bool{}
@@ -115,4 +125,4 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 }
 
 var metricLine = regexp.MustCompile(`^(# HELP [a-z_]+ .+|# TYPE [a-z_]+ (counter|gauge|histogram)|` +
-	`[a-z_]+(\{[a-z]+="([^"\\]|\\.)*"(,le="[^"]+")?\})? [0-9.e+-]+)\n$`)
+	`[a-z_]+(\{[a-z]+="([^"\\]|\\.)*"(,(le|libzmq)="[^"]+")?\})? [0-9.e+-]+)\n$`)
