@@ -72,7 +72,7 @@ Examples:
   $ bservice -j 0 --stdin resize convert - -resize {} png:- &
   $ bservice --broker tcp://build:5555 --timeout 1h make make -C /srv/app &
   $ bservice greet sh -c 'echo "hello, $1"' sh &
-  $ bservice --coproc calc bc -l &
+  $ bservice --coproc upper perl -pe '$| = 1; $_ = uc' &
 `
 
 type serviceTool struct {

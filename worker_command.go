@@ -133,7 +133,7 @@ func (c *CmdService) Handle(token string, body [][]byte) Reply {
 	if err := c.start(p); err != nil {
 		return c.refusal(cannotRun(err))
 	}
-	defer c.limitTime(p)()
+	defer c.limitTime(p, "")()
 	status, reason := c.wait(p)
 	return c.result(p, status, reason)
 }
@@ -263,13 +263,14 @@ func (c *CmdService) start(p *process) error {
 	return nil
 }
 
-// limitTime ends the process after --timeout, unless stop is called before.
-func (c *CmdService) limitTime(p *process) (stop func()) {
+// limitTime ends the process after --timeout, unless stop is called before. The reason ends in what is
+// known of the process.
+func (c *CmdService) limitTime(p *process, known string) (stop func()) {
 	if c.Timeout == nil || *c.Timeout == 0 {
 		return func() {}
 	}
 	timer := time.AfterFunc(*c.Timeout, func() {
-		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v", *c.Timeout)})
+		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v%s", *c.Timeout, known)})
 	})
 	return func() { timer.Stop() }
 }
@@ -397,6 +398,10 @@ type coprocess struct {
 // by itself must not be taken for a reply.
 const quietStart = 100 * time.Millisecond
 
+// noLine says what is most likely wrong with a process that printed no line in time.
+const noLine = " without a line of output; if it buffers its output, run it with stdbuf -oL" +
+	" or a flag such as sed -u, grep --line-buffered, python3 -u or mawk -W interactive"
+
 // Handle writes a line to the process and waits for one.
 func (c *coprocess) Handle(token string, body [][]byte) Reply {
 	line, err := c.line(body)
@@ -407,7 +412,7 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 		return *refused
 	}
 	c.running.log.Begin(c.label(token)) // What it printed before is about earlier requests.
-	defer c.limitTime(c.running)()
+	defer c.limitTime(c.running, noLine)()
 	c.output.await()
 	// The process may print while it reads: a long line does not fit into the pipe.
 	go func(stdin io.Writer) { stdin.Write(line) }(c.stdin)
@@ -509,7 +514,7 @@ func (c *coprocess) over() bool {
 // becomesReady waits until the process has printed the lines to skip and was then silent. It returns
 // false if the process is over, as it is when stop is closed before.
 func (c *coprocess) becomesReady(stop <-chan struct{}) bool {
-	unlimited := c.limitTime(c.running)
+	unlimited := c.limitTime(c.running, noLine)
 	select {
 	case <-c.output.skipped:
 	case <-stop:

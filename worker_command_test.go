@@ -315,8 +315,8 @@ func TestPoisonedRequestHurtsNobodyElse(t *testing.T) {
 		{"printf half; exit 3", []string{"half", "", "exit status 3"}},
 		{"kill -9 $$", []string{"", "", "exit status 137"}},
 		{"exit", []string{"", "bservice: svc: ended without a reply\n", "exit status 69"}},
-		{"exec >&-", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
-		{"read forever", []string{"", "bservice: svc: ended after --timeout 300ms\n", "exit status 124"}},
+		{"exec >&-", []string{"", "bservice: svc: ended after --timeout 300ms without a line of output; if it buffers its output, run it with stdbuf -oL", "exit status 124"}},
+		{"read forever", []string{"", "bservice: svc: ended after --timeout 300ms without a line of output; if it buffers its output, run it with stdbuf -oL", "exit status 124"}},
 		{`printf 'one\ntwo\n'`, []string{"one\n", "bservice: svc: ended because it printed a line that no request asked for: \"two\"\n", "exit status 76"}},
 		{"exec yes", []string{"y\n", "bservice: svc: ended because it printed a line that no request asked for: \"y\"\n", "exit status 76"}},
 		{"exec tr '\\0' x </dev/zero", []string{strings.Repeat("x", 100_000), "bservice: svc: ended because it printed more than --max-output 100000 bytes\n", "exit status 74"}},
@@ -370,7 +370,7 @@ func TestLinesToSkipAreAwaitedAtEachStart(t *testing.T) {
 	c = newCoprocess(t, "sh", "-c", "echo one; exec cat")
 	c.skipLines = 2
 	*c.Timeout = 300 * time.Millisecond
-	c.expectReply(t, []string{"x"}, "", "bservice: svc: ended after --timeout 300ms\n", "exit status 124")
+	c.expectReply(t, []string{"x"}, "", "bservice: svc: ended after --timeout 300ms without a line of output; if it buffers its output, run it with stdbuf -oL", "exit status 124")
 }
 
 func TestTimeoutOfRequestsDoesNotLimitTheStart(t *testing.T) {
