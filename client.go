@@ -62,6 +62,7 @@ found; 128+N: signal N ended it), or that of brequest and the broker:
   74        standard input or standard output failed
   75        the broker refuses for now; try again later
   76        the answer is not that of an MDP broker
+  77        not allowed: the permissions of the broker's socket forbid it
   123       some requests of --each failed
   124       no reply within the timeout
   130, 143  ended by SIGINT or SIGTERM (129, 131: SIGHUP, SIGQUIT); a request that has

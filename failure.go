@@ -34,6 +34,7 @@ const (
 	exitIO          = 74
 	exitTemporary   = 75
 	exitProtocol    = 76
+	exitNotAllowed  = 77
 	exitSome        = 123
 	exitTimeout     = 124
 	exitCannotRun   = 126

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	zmq "github.com/pebbe/zmq4"
@@ -26,6 +28,9 @@ type link struct {
 // dial connects a tool to a broker. When ctx is done, it stops looking up the name of the host.
 func dial(ctx context.Context, name, endpoint string, options ...func(*socket) error) (*link, error) {
 	endpoint, err := lookUp(ctx, endpoint)
+	if err == nil {
+		err = checkAccess(endpoint)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -142,6 +147,21 @@ func lookUp(ctx context.Context, endpoint string) (string, error) {
 	address := addresses[max(0, slices.IndexFunc(addresses, func(a net.IPAddr) bool { return a.IP.To4() != nil }))]
 	return "tcp://" + net.JoinHostPort(address.String(), port), nil
 }
+
+// checkAccess fails if the socket of an ipc:// endpoint may not be opened. ZeroMQ would wait for a
+// broker in silence.
+func checkAccess(endpoint string) error {
+	const writable = 2 // W_OK; see access(2)
+	path, ok := strings.CutPrefix(endpoint, "ipc://")
+	if !ok || !errors.Is(syscall.Access(path, writable), fs.ErrPermission) {
+		return nil
+	}
+	return &failure{status: exitNotAllowed, err: fmt.Errorf("connect %s: %w", endpoint, errPermission),
+		hint: "the permissions of the socket and its directory say who may call and serve"}
+}
+
+// errPermission means that the permissions of a socket do not allow to connect, at least for now.
+var errPermission = errors.New("permission denied")
 
 // errLookUp means that a name has no address, at least for now.
 var errLookUp = errors.New("look up")

@@ -233,14 +233,14 @@ func (s *Service) Serve(stop context.Context) error {
 	for stop.Err() == nil {
 		begin := time.Now()
 		over, err := s.serveSession(stop)
-		unknownHost := errors.Is(err, errLookUp)
+		unreachable := errors.Is(err, errLookUp) || errors.Is(err, errPermission) // It may be reachable soon.
 		switch {
-		case err != nil && !unknownHost:
+		case err != nil && !unreachable:
 			return err
 		case stop.Err() != nil:
 			return nil
-		case unknownHost:
-			s.noticeMissing(begin) // The name may be known soon.
+		case unreachable:
+			s.noticeMissing(begin, err)
 		case over != errMissing:
 			s.brokerLog.Warn("connecting again", "broker", s.Endpoint, "why", over)
 		}
@@ -254,9 +254,9 @@ func (s *Service) Serve(stop context.Context) error {
 	return nil
 }
 
-// noticeMissing says that no broker is there, after a heartbeat and then every half minute. It
+// noticeMissing says that no broker can be reached, after a heartbeat and then every half minute. It
 // tells whether it did.
-func (s *Service) noticeMissing(now time.Time) bool {
+func (s *Service) noticeMissing(now time.Time, why error) bool {
 	if s.nextNotice.IsZero() {
 		s.nextNotice = now.Add(s.Heartbeat)
 	}
@@ -264,7 +264,7 @@ func (s *Service) noticeMissing(now time.Time) bool {
 		return false
 	}
 	s.nextNotice = now.Add(30 * time.Second)
-	s.brokerLog.Warn("waiting for a broker", "broker", s.Endpoint)
+	s.brokerLog.Warn("waiting for a broker", "broker", s.Endpoint, "why", why)
 	return true
 }
 

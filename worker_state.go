@@ -140,7 +140,7 @@ func (s *session) Tick(now time.Time) time.Time {
 	}
 	s.due = now.Add(s.Heartbeat)
 	if !s.registered {
-		if s.noticeMissing(now) {
+		if s.noticeMissing(now, errMissing) {
 			s.end(errMissing) // The name of its host may have another address by now.
 		}
 		return s.due

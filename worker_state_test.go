@@ -113,7 +113,7 @@ func TestMissingBrokerIsReportedEveryHalfMinute(t *testing.T) {
 	s := newFakeSession(t)
 	var log bytes.Buffer
 	s.brokerLog, s.Endpoint = slog.New(slog.NewTextHandler(&log, nil)), "tcp://nowhere:5555"
-	const waits = `level=WARN msg="waiting for a broker" broker=tcp://nowhere:5555`
+	const waits = `level=WARN msg="waiting for a broker" broker=tcp://nowhere:5555 why="no broker is there"`
 	for _, want := range []struct {
 		seconds int
 		logged  string
