@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"text/tabwriter"
@@ -21,8 +22,8 @@ Usage: brequest [FLAGS] NAME [ARG...]
        brequest --list [FLAGS]
 
 The ARGs are the arguments of the request. Without any, each line of standard input is
-one, unless standard input is a terminal. Put flags before the first ARG, and -- before
-an ARG that looks like a flag.
+one, up to 2 MiB, unless standard input is a terminal. Put flags before the first ARG,
+and -- before an ARG that looks like a flag.
 
   -t, --timeout DURATION  give up after this long; 0 is never (30s; 0 with --each)
   -n, --no-input          do not read standard input
@@ -149,28 +150,26 @@ func (t *requestTool) client(endpoint string) (client *Client, restore func()) {
 
 // once makes a single request.
 func (t *requestTool) once(endpoint string) error {
-	body, err := t.body(os.Stdin)
-	if err != nil {
-		return &failure{status: exitIO, err: err}
-	}
 	c := t.console("brequest")
+	client, restore := t.client(endpoint)
+	defer restore()
+	status := newStatusLine(c, 2*time.Second)
+	body, err := t.readBody(client.stop, status)
+	if err != nil {
+		return err
+	}
 	c.debugf("%s: sending %d frames to %s", t.Name, len(body), endpoint)
 
-	client, restore := t.client(endpoint)
 	client.retrying = func(request *call, pause time.Duration) {
 		c.debugf("%s: status %d; trying again in %v", t.Name, request.status(), pause)
 	}
 	request := &call{service: t.Name, body: body, timeout: t.timeout(), retries: t.Retries}
-	status := newStatusLine(c, 2*time.Second)
-	begin := time.Now()
+	report := waitReport{client: client, service: t.Name, begin: time.Now()}
 	err = client.do(request, func() time.Time {
-		return status.show(time.Second, func() string {
-			what := "waiting for a reply"
-			if !client.connected() {
-				what = "waiting for a broker at " + client.Endpoint()
-			}
-			return fmt.Sprintf("brequest: %s: %s, %v", t.Name, what, time.Since(begin).Round(time.Second))
-		})
+		if report.changed() {
+			status.refresh()
+		}
+		return status.show(time.Second, report.text)
 	})
 	status.hide()
 	restore()
@@ -192,19 +191,42 @@ func (t *requestTool) once(endpoint string) error {
 	return nil
 }
 
+// readBody returns the frames of the request, and shows that it waits for standard input.
+func (t *requestTool) readBody(stop context.Context, status *statusLine) (body [][]byte, err error) {
+	defer status.hide()
+	begin := time.Now()
+	var read [][]byte
+	var readError error
+	err = status.during(stop, func() { read, readError = t.body(os.Stdin) }, func() string {
+		return fmt.Sprintf("brequest: %s: reading standard input, %v", t.Name, time.Since(begin).Round(time.Second))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return read, readError
+}
+
+// maxLines limits what standard input may hold as arguments, in bytes: the ARG_MAX of Linux. No command
+// takes more, and as frames it would need far more memory.
+const maxLines = 2 << 20
+
 // body returns the frames of the request: the arguments, or else standard input.
 func (t *requestTool) body(stdin *os.File) ([][]byte, error) {
 	body := framesOf(t.Args)
 	switch {
 	case t.AllInput:
 		input, err := readAll(stdin)
-		return append(body, input), err
+		return append(body, input), inputFailure(err)
 	case t.NoInput, len(body) > 0, isatty.IsTerminal(stdin.Fd()):
 		return body, nil
 	}
-	input, err := readAll(stdin)
-	if err != nil || len(input) == 0 {
-		return nil, err
+	input, err := io.ReadAll(io.LimitReader(stdin, maxLines+1))
+	switch {
+	case len(input) > maxLines:
+		return nil, misuse("--each makes a request of each line, and --stdin sends all of it as one argument",
+			"standard input has more than 2 MiB, too much for the arguments of a command")
+	case err != nil || len(input) == 0:
+		return nil, inputFailure(err)
 	}
 	return bytes.Split(bytes.TrimSuffix(input, t.separator()), t.separator()), nil
 }
@@ -255,13 +277,26 @@ func (t *requestTool) explain(client *Client, err error) error {
 	return &failure{status: exitTimeout, err: fmt.Errorf("%s: %w; %s", t.Name, err, why), hint: hint}
 }
 
-// lookUpService asks the broker whether anybody serves the name. Some brokers do not answer.
+// lookUpPatience is how long the broker may take to tell whether anybody serves a name. Some brokers do
+// not answer.
+const lookUpPatience = time.Second
+
+// lookUpService asks the broker whether anybody serves the name.
 func (t *requestTool) lookUpService(client *Client) (code string, err error) {
-	reply, err := client.Send(mmiService, framesOf([]string{t.Name}), time.Second)
-	if len(reply.Output) == 1 {
-		code = string(reply.Output[0])
+	patience := lookUpPatience
+	if limit := t.timeout(); limit > 0 {
+		patience = min(patience, limit)
 	}
-	return code, err
+	reply, err := client.Send(mmiService, framesOf([]string{t.Name}), patience)
+	return serviceCode(reply), err
+}
+
+// serviceCode returns the answer of mmi.service, or an empty text if the reply is none.
+func serviceCode(reply Reply) string {
+	if len(reply.Output) != 1 {
+		return ""
+	}
+	return string(reply.Output[0])
 }
 
 func (t *requestTool) serveHint() string {

@@ -15,8 +15,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/mattn/go-isatty"
 )
 
 // eachFlags are the flags of a batch.
@@ -220,7 +218,7 @@ func (b *batch) run() error {
 	}
 	switch {
 	case b.readError != nil:
-		return &failure{status: exitIO, err: b.readError}
+		return inputFailure(b.readError)
 	case b.failed > 0:
 		f := &failure{status: exitSome, err: fmt.Errorf("%s: %s", b.Name, b.summary())}
 		if b.lastError != nil {
@@ -376,6 +374,9 @@ func (it *item) subject() string {
 func (b *batch) progress() string {
 	elapsed := time.Since(b.begin)
 	rate := float64(b.done) / elapsed.Seconds()
+	if b.stdin != nil && len(b.begun) == 0 {
+		return fmt.Sprintf("brequest: %s, reading standard input", b.summary())
+	}
 	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.summary(), b.client.inFlight(), rate)
 	if left := int(b.total.Load()) - b.skipped - b.done; left > 0 && rate > 0 {
 		seconds := time.Duration(float64(left) / rate * float64(time.Second))
@@ -402,90 +403,36 @@ type inputLine struct {
 	err  error
 }
 
-// readLines reads somewhat ahead, and calls wake for each line and at the end. Only then total is
-// the number of lines.
+// readLines reads somewhat ahead, and calls wake for each line and at the end. Only when the input has
+// ended, total is the number of lines.
 func readLines(stop context.Context, file io.Reader, terminator byte, wake func()) (lines chan inputLine, total *atomic.Int64) {
 	lines, total = make(chan inputLine, 64), new(atomic.Int64)
 	go func() {
-		count := int64(0)
 		defer wake()
 		defer close(lines)
-		defer func() { total.Store(count) }()
 		reader := bufio.NewReaderSize(file, 64<<10)
-		for {
+		for count := int64(0); ; {
 			text, err := reader.ReadBytes(terminator)
-			if err == io.EOF && len(text) == 0 {
-				return
-			}
 			line := inputLine{text: bytes.TrimSuffix(text, []byte{terminator})}
-			if err != nil && err != io.EOF {
+			if err == io.EOF {
+				if len(text) == 0 {
+					total.Store(count)
+					return
+				}
+			} else if err != nil {
 				line = inputLine{err: err}
 			}
 			select {
 			case lines <- line:
-				if line.err == nil {
-					count++
-				}
+				count++
 				wake()
 			case <-stop.Done():
 				return
 			}
-			if err != nil {
+			if line.err != nil {
 				return
 			}
 		}
 	}()
 	return lines, total
-}
-
-// A statusLine shows a person at a terminal what is going on, until it is hidden.
-type statusLine struct {
-	watched bool
-	shown   bool
-	due     time.Time // when to show what is new
-}
-
-func newStatusLine(c console, after time.Duration) *statusLine {
-	watched := !c.quiet && !c.verbose && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
-	return &statusLine{watched: watched, due: time.Now().Add(after)}
-}
-
-// show shows text if it is due, and returns when it is due again: zero, for never, if nobody
-// watches.
-func (s *statusLine) show(every time.Duration, text func() string) (due time.Time) {
-	if !s.watched {
-		return due
-	}
-	if now := time.Now(); !now.Before(s.due) {
-		// The terminal cuts off what does not fit into a line: more could not be erased.
-		fmt.Fprintf(os.Stderr, "\r\x1b[?7l%s\x1b[K\x1b[?7h", text())
-		s.shown, s.due = true, now.Add(every)
-	}
-	return s.due
-}
-
-// hide erases the line, so that something else can be printed.
-func (s *statusLine) hide() {
-	if s.shown {
-		fmt.Fprint(os.Stderr, "\r\x1b[K")
-		s.shown, s.due = false, time.Time{}
-	}
-}
-
-// above returns a writer to a file that hides the line first, if both are on a terminal.
-func (s *statusLine) above(file *os.File) io.Writer {
-	if s.watched && isatty.IsTerminal(file.Fd()) {
-		return &hidingWriter{file, s}
-	}
-	return file
-}
-
-type hidingWriter struct {
-	io.Writer
-	line *statusLine
-}
-
-func (w *hidingWriter) Write(data []byte) (int, error) {
-	w.line.hide()
-	return w.Writer.Write(data)
 }

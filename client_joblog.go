@@ -32,6 +32,9 @@ func openJobLog(path, service string, resume bool) (*jobLog, error) {
 	if path == "" {
 		return l, nil
 	}
+	if path == "-" {
+		return nil, misuse("--joblog FILE", "--joblog -: the replies go to standard output; use a FILE")
+	}
 	access := os.O_RDWR | os.O_CREATE
 	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
 		access = os.O_WRONLY // A pipe would not end with its reader.

@@ -431,6 +431,22 @@ func TestArgumentsComeFromTheCommandLineOrElseFromStandardInput(t *testing.T) {
 	}
 }
 
+func TestInputThatNoCommandTakesAsArgumentsIsRefusedBeforeAllOfItIsRead(t *testing.T) {
+	endless, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer endless.Close()
+	body, err := new(requestTool).body(endless)
+	if f := failureOf(err); body != nil || f.status != exitUsage || !strings.Contains(f.hint, "--each") || !strings.Contains(f.hint, "--stdin") {
+		t.Errorf("got %d frames, status %d, hint %q", len(body), f.status, f.hint)
+	}
+	most := fileWith(t, strings.Repeat("x\n", maxLines/2))
+	if body, err := new(requestTool).body(most); err != nil || len(body) != maxLines/2 {
+		t.Errorf("got %d frames, %v", len(body), err)
+	}
+}
+
 func TestOneFrameIsPrintedAsItIsAndSeveralOneALine(t *testing.T) {
 	for _, test := range []struct {
 		name string

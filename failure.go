@@ -95,6 +95,14 @@ func outputFailure(err error) error {
 	return &failure{status: exitIO, err: err}
 }
 
+// inputFailure returns the failure of reading standard input, or nil.
+func inputFailure(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &failure{status: exitIO, err: err}
+}
+
 // keepStdoutClosed makes writes to standard output fail if it was closed when the process started, as
 // it is after >&-.
 func keepStdoutClosed() {
