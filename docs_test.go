@@ -57,6 +57,50 @@ func TestManPagesNameEveryFlagAndNoOther(t *testing.T) {
 	}
 }
 
+// TestUnitsRunTheToolsAsTheyAre checks what systemd would find out only when it runs a unit.
+func TestUnitsRunTheToolsAsTheyAre(t *testing.T) {
+	for unit, name := range map[string]string{"bbroker.service": "bbroker", "bservice@.service": "bservice"} {
+		content, err := os.ReadFile("scripts/" + unit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		setting := func(key string) []string {
+			match := regexp.MustCompile(`(?m)^` + key + `=(.*)$`).FindSubmatch(content)
+			if match == nil {
+				t.Fatalf("%s does not set %s", unit, key)
+			}
+			return strings.Fields(string(match[1]))
+		}
+		// systemd looks for a program without a path where scripts/install and the .deb put it.
+		if program := setting("ExecStart")[0]; program != name {
+			t.Errorf("%s runs %s, not %s", unit, program, name)
+		}
+		if !slices.Contains(setting("RestartPreventExitStatus"), fmt.Sprint(exitUsage)) {
+			t.Errorf("%s restarts after wrong usage", unit)
+		}
+		a := applets()[slices.IndexFunc(applets(), func(a applet) bool { return a.name == name })]
+		text := strings.ReplaceAll(string(content), "systemctl enable --now", "")
+		for _, flag := range regexp.MustCompile(`--[a-z-]+`).FindAllString(text, -1) {
+			if !slices.Contains(flagsOf(t, a), flag) {
+				t.Errorf("%s names %s, which %s does not have", unit, flag, name)
+			}
+		}
+		var needed time.Duration
+		for _, flag := range []string{"--grace", "--kill-after"} {
+			if value := defaultsOf(a)[flag]; value != "" {
+				d, err := time.ParseDuration(value)
+				if err != nil {
+					t.Fatal(err)
+				}
+				needed += d
+			}
+		}
+		if limit, err := time.ParseDuration(setting("TimeoutStopSec")[0]); err != nil || limit <= needed {
+			t.Errorf("%s gives %s %v to stop (%v), but it may take %v", unit, name, limit, err, needed)
+		}
+	}
+}
+
 // defaultsOf returns the default values of an applet by flag, as a user writes them.
 func defaultsOf(a applet) map[string]string {
 	defaults := map[string]string{"--host": defaultHost, "--port": defaultPort}
