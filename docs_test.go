@@ -101,6 +101,23 @@ func TestUnitsRunTheToolsAsTheyAre(t *testing.T) {
 	}
 }
 
+// TestCompletionsKnowTheValuesOfFlags checks the values that --help does not list by themselves.
+func TestCompletionsKnowTheValuesOfFlags(t *testing.T) {
+	for _, file := range []string{"backbone.bash", "_backbone", "backbone.fish"} {
+		content, err := os.ReadFile("scripts/completions/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range applets() {
+			for _, flag := range newParser(a.new()).Model.Flags {
+				if values := strings.Join(flag.EnumSlice(), " "); !strings.Contains(string(content), values) {
+					t.Errorf("%s does not know that --%s of %s takes one of %s", file, flag.Name, a.name, values)
+				}
+			}
+		}
+	}
+}
+
 // defaultsOf returns the default values of an applet by flag, as a user writes them.
 func defaultsOf(a applet) map[string]string {
 	defaults := map[string]string{"--host": defaultHost, "--port": defaultPort}

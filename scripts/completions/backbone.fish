@@ -1,5 +1,14 @@
-# fish completions for bbroker, bservice and brequest. The flags come from --help, and the
-# service names from the broker, if one is running.
+# fish completions for backbone, bbroker, bservice and brequest. The flags come from --help, and
+# the service names from the broker, if one is running.
+
+# Runs a tool, which may have no link.
+function __backbone_run --argument-names tool
+    if command -q $tool
+        command $argv 2>/dev/null
+    else
+        command backbone $argv 2>/dev/null
+    end
+end
 
 # Prints the names of the services.
 function __backbone_services
@@ -7,13 +16,25 @@ function __backbone_services
     set -l broker
     for i in (seq (count $words))
         switch $words[$i]
-            case --broker --host --port
+            case -b --broker --host -p --port
                 set -a broker $words[$i] $words[(math $i + 1)]
-            case '--broker=*' '--host=*' '--port=*'
+            case '-b*' '-p*' '--broker=*' '--host=*' '--port=*'
                 set -a broker $words[$i]
         end
     end
-    brequest -q -t 0.5 --list $broker 2>/dev/null | tail -n +2 | cut -f 1
+    __backbone_run brequest -q -t 0.5 --list $broker | tail -n +2 | cut -f 1
+end
+
+# Completes what follows backbone as the command of an applet. Its name may lack the b.
+function __backbone_applet
+    set -l words (commandline -opc)[2..]
+    for applet in (__backbone_run backbone --list)
+        if contains -- $applet $words[1] b$words[1]
+            set words[1] $applet
+            complete -C (string join -- ' ' (string escape -- $words) (commandline -ct))
+            return
+        end
+    end
 end
 
 # Reports whether the number of operands is $wanted. An operand is a word that is neither a flag
@@ -33,9 +54,12 @@ end
 
 # The flags that take a value.
 set -g __backbone_valued
-for tool in bbroker bservice brequest
-    $tool --help 2>/dev/null | awk '/^ +-/ {
-        sub(/^ +/, "")
+for tool in backbone bbroker bservice brequest
+    # The flags of backbone itself go before the name of an applet.
+    set -l when
+    test $tool != backbone; or set when -n '__backbone_operands 0'
+    __backbone_run $tool --help | awk '/^ +(backbone )?-/ {
+        sub(/^ +(backbone )?/, "")
         description = $0; if (!sub(/.*  /, "", description)) description = ""
         sub(/  .*/, "")
         for (i = split($0, flags, ", "); i > 0; i--) {
@@ -48,16 +72,21 @@ for tool in bbroker bservice brequest
         test -z "$takes"; or set -a __backbone_valued $flag
         switch "$takes"
             case ''
-                complete -c $tool $option -d "$description"
+                complete -c $tool $when $option -d "$description"
             case DIR
-                complete -c $tool $option -d "$description" -xa '(__fish_complete_directories)'
+                complete -c $tool $when $option -d "$description" -xa '(__fish_complete_directories)'
             case FILE
-                complete -c $tool $option -d "$description" -rF
+                complete -c $tool $when $option -d "$description" -rF
+            case WHERE
+                complete -c $tool $when $option -d "$description" -xa 'log reply merge'
             case '*'
-                complete -c $tool $option -d "$description" -x
+                complete -c $tool $when $option -d "$description" -x
         end
     end
 end
+complete -c backbone -f
+complete -c backbone -n '__backbone_operands 0' -a '(__backbone_run backbone --list)'
+complete -c backbone -n 'not __backbone_operands 0' -a '(__backbone_applet)'
 complete -c bbroker -f
 complete -c bservice -n '__backbone_operands 0' -fa '(__backbone_services)'
 complete -c bservice -n '__backbone_operands 1' -fa '(__fish_complete_command)'
