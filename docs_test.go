@@ -196,6 +196,15 @@ func TestWorkedExamplesWork(t *testing.T) {
 	}
 }
 
+func TestFirstMinuteIsAsTheREADMEHasIt(t *testing.T) {
+	_, text, found := strings.Cut(section(t, "README.md", "The first minute"), "    $ bbroker -q &\n    tcp://127.0.0.1:5555\n")
+	text, _, stops := strings.Cut(text, "    $ kill %1 %2\n")
+	if !found || !stops {
+		t.Fatal("the README does not start a broker, or does not stop it")
+	}
+	runExample(t, "`README.md`:\n\n    text\n\n"+text, os.Environ())
+}
+
 func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
 	// The commands of the examples run interpreters that have ZeroMQ.
 	bin := t.TempDir()
@@ -238,6 +247,7 @@ func section(t *testing.T, file, title string) string {
 // and the lines that follow are its output.
 func runExample(t *testing.T, text string, env []string) {
 	s := newSystem(t, "--heartbeat", "1s")
+	text = strings.ReplaceAll(text, "tcp://127.0.0.1:5555", s.endpoint)
 	var script strings.Builder
 	var want []string // the output of each command, after a line with its number
 	name := ""
