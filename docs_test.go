@@ -197,12 +197,12 @@ func TestWorkedExamplesWork(t *testing.T) {
 }
 
 func TestFirstMinuteIsAsTheREADMEHasIt(t *testing.T) {
-	_, text, found := strings.Cut(section(t, "README.md", "The first minute"), "    $ bbroker -q &\n    tcp://127.0.0.1:5555\n")
+	_, text, found := strings.Cut(section(t, "README.md", "The first minute"), "    $ bbroker 2>bbroker.log &\n    tcp://127.0.0.1:5555\n")
 	text, _, stops := strings.Cut(text, "    $ kill %1 %2\n")
 	if !found || !stops {
 		t.Fatal("the README does not start a broker, or does not stop it")
 	}
-	runExample(t, "`README.md`:\n\n    text\n\n"+text, os.Environ())
+	runExample(t, "`README.md`:\n\n    text\n\nThen:\n\n"+text, os.Environ())
 }
 
 func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
@@ -273,6 +273,10 @@ func runExample(t *testing.T, text string, env []string) {
 				want[len(want)-1] += line
 			}
 		}
+	}
+
+	if len(want) == 0 {
+		t.Fatal("the example has no commands")
 	}
 
 	output := fileWith(t, "")
