@@ -668,6 +668,114 @@ func TestSecondReplyIsDroppedInAnyLanguage(t *testing.T) {
 	})
 }
 
+func TestEveryErrorIsABackboneErrorInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	programs := map[string]string{
+		"python": `
+import os, sys, zmq
+from backbone import *
+def attempt(act):
+    try: print(act())
+    except BackboneError as error: print(type(error).__name__, error.status, error)
+attempt(lambda: BackboneClient(broker='nonsense'))
+attempt(lambda: BackboneService('x', print, broker='nonsense'))
+attempt(lambda: BackboneClient('localhost', 65536))
+attempt(lambda: BackboneClient(broker='tcp://x:y').send('peer', ''))
+attempt(lambda: BackboneService('x', print, broker='tcp://x:y').start())
+attempt(lambda: BackboneClient('no.such.host.invalid').send('peer', '', 0.1))
+attempt(lambda: BackboneClient().send('peer', '\ud800'))
+attempt(lambda: BackboneClient().send('peer', '', 'soon'))
+attempt(lambda: BackboneClient().send('peer', '', float('nan')))
+os.environ['BACKBONE_PORT'] = 'tcp://10.0.0.1:5555'
+attempt(lambda: BackboneClient('localhost'))
+del os.environ['BACKBONE_PORT']
+taken = []
+try:
+    while True: taken.append(zmq.Context.instance().socket(zmq.PAIR))
+except zmq.ZMQError: pass
+attempt(lambda: BackboneClient(broker='ipc://x').send('peer', ''))
+attempt(lambda: BackboneClient(broker='ipc://x').connect())
+attempt(lambda: BackboneService('x', print, broker='ipc://x').start())`,
+		"javascript": `
+const { BackboneClient, BackboneService, BackboneError } = require('backbone');
+const client = (host, port, broker) => new BackboneClient(host, port, { broker });
+const service = broker => new BackboneService('x', () => {}, { broker });
+async function attempt(act) {
+  try { console.log(await act()); } catch (error) {
+    if (error instanceof BackboneError) console.log(error.name, error.status, error.message);
+    else throw error;
+  }
+}
+(async () => {
+  await attempt(() => client(null, null, 'nonsense'));
+  await attempt(() => service('nonsense'));
+  await attempt(() => client('localhost', 65536));
+  await attempt(() => client(null, null, 'tcp://x:y').send('peer', ''));
+  await attempt(() => service('tcp://x:y').connect());
+  await attempt(() => client('no.such.host.invalid').send('peer', '', 100));
+  await attempt(() => client().send('peer', { toString() { throw new Error('why'); } }));
+  await attempt(() => client().send('peer', '', 'soon'));
+  await attempt(() => client().send('peer', '', NaN));
+  process.env.BACKBONE_PORT = 'tcp://10.0.0.1:5555';
+  await attempt(() => client('localhost'));
+  delete process.env.BACKBONE_PORT;
+  const taken = [];
+  try { for (;;) taken.push(new (require('zeromq').Pair)()); } catch {}
+  await attempt(() => client(null, null, 'ipc://x').send('peer', ''));
+  await attempt(() => client(null, null, 'ipc://x').connect());
+  await attempt(() => service('ipc://x').connect());
+})();`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		output, err := newSystemWithoutBroker(t).inlineCommand(language, programs[language]).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		unit := "seconds"
+		if language == "javascript" {
+			unit = "milliseconds"
+		}
+		got := strings.Split(strings.TrimSpace(string(output)), "\n")
+		for i, want := range []string{
+			"UsageError 64 broker must be tcp://HOST:PORT or ipc:///PATH, not 'nonsense'",
+			"UsageError 64 broker must be tcp://HOST:PORT or ipc:///PATH, not 'nonsense'",
+			"UsageError 64 port must be a number from 0 to 65535, not '65536'",
+			"UsageError 64 connect tcp://x:y: Invalid argument",
+			"UsageError 64 connect tcp://x:y: Invalid argument",
+			"NoBroker 69 no broker at tcp://no.such.host.invalid:5555 within ",
+			"UsageError 64 cannot send ",
+			"UsageError 64 a timeout must be a number of " + unit + ", not 'soon'",
+			"UsageError 64 a timeout must be a number of " + unit + ", not ",
+			"UsageError 64 BACKBONE_PORT must be a number from 0 to 65535, not 'tcp://10.0.0.1:5555'",
+			"BackboneError 74 ipc://x: Too many open file",
+			"BackboneError 74 ipc://x: Too many open file",
+			"BackboneError 74 ipc://x: Too many open file",
+		} {
+			if i >= len(got) || !strings.HasPrefix(got[i], want) {
+				t.Errorf("it printed %q, want %q in line %d", got, want, i+1)
+			}
+		}
+	})
+}
+
+func TestProgramsInEveryLanguageTakeShortFlagsForTheBroker(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystemWithoutBroker(t)
+		broker, endpoint := bindPeer(t)
+		for _, flags := range [][]string{{"-b", endpoint}, {"-p", endpoint[strings.LastIndex(endpoint, ":")+1:]}} {
+			request := s.command(language, slices.Concat([]string{libraries[language].library, "request", "-n"}, flags, []string{"echo"})...)
+			answered := answerOnce(broker, func(request []string) []string {
+				return []string{request[0], "", "MDPC01", "echo", "hello"}
+			})
+			if output, err := request.Output(); err != nil || string(output) != "hello" {
+				t.Errorf("%q: it printed %q, %v", flags, output, err)
+			}
+			<-answered
+		}
+	})
+}
+
 // rfc7Command returns a command that runs one of testdata/peers/rfc7_*.py.
 func (s *system) rfc7Command(name string, args ...string) *exec.Cmd {
 	return s.peerCommand("python", "rfc7_"+name, append([]string{s.endpoint}, args...)...)

@@ -18,6 +18,7 @@
  */
 const crypto = require('crypto');
 const os = require('os');
+const { inspect } = require('util');
 const { spawn } = require('child_process');
 const { Worker, parentPort, workerData } = require('worker_threads');
 const { Dealer } = require('zeromq');
@@ -29,16 +30,22 @@ const READY = '\x01', REQUEST = '\x02', REPLY = '\x03', HEARTBEAT = '\x04', DISC
 const HEARTBEAT_INTERVAL = 1000; // in both directions
 const SILENCE = 5 * HEARTBEAT_INTERVAL; // after which the broker counts as lost
 const DEFAULT_TIMEOUT = 3000;
+const MAX_TIMEOUT = 2 ** 31; // (24 days) the limit of setTimeout; a longer timeout counts as none
 const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some brokers do not support
 const IDLE_PATIENCE = 100; // before an idle connection is closed; an open one keeps the process running
 
-/** A request failed. status is the exit status that brequest would have. */
+/** A request or a service failed. status is the exit status that brequest would have. */
 class BackboneError extends Error {
-  constructor(message, status = 1) {
-    super(message);
+  constructor(message, status = 1, options) {
+    super(message, options);
     this.name = this.constructor.name;
     this.status = status;
   }
+}
+
+/** An argument, a message or an environment variable cannot be used. */
+class UsageError extends BackboneError {
+  constructor(message, options) { super(message, 64, options); }
 }
 
 /** No reply arrived within the timeout. */
@@ -73,8 +80,16 @@ class StatusError extends BackboneError {
 /** Returns the frames of a message, which is undefined, null, one frame, or an array of frames. */
 function framesOf(message) {
   if (message === undefined || message === null) return [];
-  return (Array.isArray(message) ? message : [message]).map(frame =>
-    ArrayBuffer.isView(frame) ? Buffer.from(frame.buffer, frame.byteOffset, frame.byteLength) : Buffer.from(String(frame)));
+  return (Array.isArray(message) ? message : [message]).map(bytesOf);
+}
+
+function bytesOf(frame) {
+  if (ArrayBuffer.isView(frame)) return Buffer.from(frame.buffer, frame.byteOffset, frame.byteLength);
+  try {
+    return Buffer.from(String(frame));
+  } catch (cause) {
+    throw new UsageError(`cannot send ${inspect(frame)}: ${cause.message}`, { cause });
+  }
 }
 
 function decode(frame, encoding) {
@@ -87,28 +102,61 @@ function decode(frame, encoding) {
 }
 
 function endpointOf(host, port, broker) {
-  if (!broker && !host && !port) broker = process.env.BACKBONE_BROKER;
-  if (broker) return broker;
-  host = host || process.env.BACKBONE_HOST || '127.0.0.1';
-  port = port || process.env.BACKBONE_PORT || '5555';
+  let source = 'broker';
+  if (!broker && !host && !port) [source, broker] = ['BACKBONE_BROKER', process.env.BACKBONE_BROKER];
+  if (broker) {
+    if (!/^(tcp|ipc):\/\//.test(broker)) {
+      throw new UsageError(`${source} must be tcp://HOST:PORT or ipc:///PATH, not ${inspect(broker)}`);
+    }
+    return String(broker);
+  }
+  host = String(host || process.env.BACKBONE_HOST || '127.0.0.1');
+  source = port ? 'port' : 'BACKBONE_PORT';
+  port = String(port || process.env.BACKBONE_PORT || '5555');
+  if (!/^[0-9]{1,5}$/.test(port) || port > 65535) {
+    throw new UsageError(`${source} must be a number from 0 to 65535, not ${inspect(port)}`);
+  }
   return `tcp://${host.includes(':') ? `[${host.replace(/^\[|\]$/g, '')}]` : host}:${port}`;
 }
 
-function dealer(endpoint, tool) {
-  return new Dealer({
-    // Unique and printable. It names the tool, the host and the process.
-    routingId: `${tool}.${os.hostname().slice(0, 200)}.${process.pid}.${crypto.randomBytes(4).toString('hex')}`,
-    linger: 0,
-    reconnectInterval: 20,
-    reconnectMaxInterval: 1000,
-    ipv6: endpoint.includes('['),
-  });
+/** Returns a socket that connects to an endpoint. watch is called with the socket before it connects. */
+function dealer(endpoint, tool, watch = () => {}) {
+  let socket;
+  try {
+    socket = new Dealer({
+      // Unique and printable. It names the tool, the host and the process.
+      routingId: `${tool}.${os.hostname().slice(0, 200)}.${process.pid}.${crypto.randomBytes(4).toString('hex')}`,
+      linger: 0,
+      reconnectInterval: 20,
+      reconnectMaxInterval: 1000,
+      ipv6: endpoint.includes('['),
+    });
+    watch(socket);
+  } catch (cause) {
+    throw new BackboneError(`${endpoint}: ${cause.message}`, 74, { cause }); // such as too many open files
+  }
+  try {
+    socket.connect(endpoint);
+  } catch (cause) {
+    socket.close();
+    throw new UsageError(`connect ${endpoint}: ${cause.message}`, { cause });
+  }
+  return socket;
+}
+
+/** Returns a timeout in milliseconds, or 0 for none. */
+function millisecondsOf(timeout) {
+  const milliseconds = timeout === undefined || timeout === null ? DEFAULT_TIMEOUT : Number(timeout);
+  if (Number.isNaN(milliseconds)) {
+    throw new UsageError(`a timeout must be a number of milliseconds, not ${inspect(timeout)}`);
+  }
+  return milliseconds > 0 && milliseconds < MAX_TIMEOUT ? milliseconds : 0;
 }
 
 /** A request and its reply, as the frames that a REQ socket sends and receives. */
 class BackboneClientMessage {
   constructor(service, message, { encoding = 'utf8' } = {}) {
-    this.service = String(service);
+    this.service = String(bytesOf(service));
     this.message = message;
     this.encoding = encoding;
     this.reply = undefined;
@@ -156,18 +204,18 @@ function statusOf(body) {
 /** A socket for one request at a time, and the state of its connection. */
 class Connection {
   constructor(endpoint) {
-    this.socket = dealer(endpoint, 'brequest');
+    this.endpoint = endpoint;
     this.connected = this.lost = false;
-    this.ready = new Promise(resolve => {
-      this.socket.events.on('handshake', () => { this.connected = true; resolve(); });
-    });
-    this.broken = new Promise(resolve => {
-      this.socket.events.on('disconnect', () => {
-        if (this.connected) { this.lost = true; resolve(); }
+    this.socket = dealer(endpoint, 'brequest', ({ events }) => {
+      this.ready = new Promise(resolve => {
+        events.on('handshake', () => { this.connected = true; resolve(); });
+      });
+      this.broken = new Promise(resolve => {
+        events.on('disconnect', () => {
+          if (this.connected) { this.lost = true; resolve(); }
+        });
       });
     });
-    this.socket.connect(endpoint);
-    this.endpoint = endpoint;
   }
 
   /** Sends a request and resolves to the frames of the reply. */
@@ -177,8 +225,7 @@ class Connection {
     this.arrival.catch(() => {}); // it rejects when the socket is closed
     let timer, aborted;
     const failure = new Promise((_, reject) => {
-      // setTimeout is limited to 2^31 - 1 ms (24 days). A longer timeout counts as none.
-      if (timeout > 0 && timeout < 2 ** 31) {
+      if (timeout) {
         timer = setTimeout(() => reject(this.connected
           ? new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`)
           : new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`)), timeout);
@@ -250,11 +297,12 @@ class BackboneClient {
    * is in milliseconds; 0 or less means no timeout.
    */
   async send(service, message, timeout, { signal } = {}) {
-    timeout = timeout === undefined || timeout === null ? DEFAULT_TIMEOUT : Number(timeout);
+    timeout = millisecondsOf(timeout);
     const request = new BackboneClientMessage(service, message, { encoding: this.encoding });
+    const frames = request.serialize();
     const connection = this._acquire();
     try {
-      const result = request.parseReply(await connection.ask(request.serialize(), timeout, signal));
+      const result = request.parseReply(await connection.ask(frames, timeout, signal));
       this._release(connection);
       return result;
     } catch (error) {
@@ -312,6 +360,7 @@ class BackboneService {
 
   /** Serves in the background. Registers as soon as the broker can be reached. */
   connect() {
+    dealer(this.endpoint, 'bservice').close(); // fails here, and not in the thread, if the endpoint is bad
     this._thread = new Worker(__filename, { workerData: { backboneService: this.service, endpoint: this.endpoint } });
     this._thread.on('message', ({ log, token, body }) => (log ? this.log(log) : this._serve(token, body)));
     this._ended = new Promise((resolve, reject) => this._thread.on('exit', resolve).on('error', reject));
@@ -346,8 +395,13 @@ async function keepRegistered({ backboneService: service, endpoint }) {
     if (session && stop) session.endIfIdle();
   });
   for (let number = 0; !stopping; number++) {
-    session = new Session(service, endpoint, number, () => stopping);
-    const why = await session.over;
+    let why;
+    try {
+      session = new Session(service, endpoint, number, () => stopping);
+      why = await session.over;
+    } catch (error) {
+      why = error.message;
+    }
     if (stopping) break;
     parentPort.postMessage({ log: `${why}; reconnecting to ${endpoint}` });
     // Limit the rate if the broker keeps rejecting the service.
@@ -361,7 +415,6 @@ class Session {
   constructor(service, endpoint, number, stopping) {
     Object.assign(this, { number, stopping, requests: 0, heard: Date.now() });
     this.socket = dealer(endpoint, 'bservice');
-    this.socket.connect(endpoint);
     this.sent = Promise.resolve();
     this.over = new Promise(resolve => { this.end = resolve; });
     this.send(READY, service);
@@ -474,20 +527,20 @@ request works like brequest, and service like bservice, with these flags:
       --stdin               request: send standard input as one last argument
                             service: use the last argument as standard input
       --host HOST           host of the broker (127.0.0.1)
-      --port PORT           port of the broker (5555)
-      --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -p, --port PORT           port of the broker (5555)
+  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
   -q, --quiet               print errors only
   -h, --help                print this help
 `;
 
 const TAKES_VALUE = ['--timeout', '--host', '--port', '--broker'];
-const SHORT = { '-t': '--timeout', '-n': '--no-input', '-0': '--null', '-q': '--quiet', '-h': '--help' };
+const SHORT = {
+  '-t': '--timeout', '-n': '--no-input', '-0': '--null', '-p': '--port', '-b': '--broker', '-q': '--quiet', '-h': '--help',
+};
 const FLAGS = {
   request: ['--timeout', '--no-input', '--null', '--stdin', '--host', '--port', '--broker', '--quiet', '--help'],
   service: ['--stdin', '--host', '--port', '--broker', '--quiet', '--help'],
 };
-
-class Misuse extends Error {}
 
 /** Returns the flags, the name and the rest. Flags end at -- or at the first argument after the name. */
 function parse(verb, words) {
@@ -511,10 +564,10 @@ function parse(verb, words) {
     let [, flag, value] = /^([^=]*)(?:=([^]*))?$/.exec(word);
     flag = SHORT[flag] || flag;
     if (!FLAGS[verb].includes(flag)) {
-      throw new Misuse(`unknown flag ${word}\nhint: put -- before an argument that looks like a flag`);
+      throw new UsageError(`unknown flag ${word}\nhint: put -- before an argument that looks like a flag`);
     }
     if (TAKES_VALUE.includes(flag) && value === undefined) {
-      if (!words.length) throw new Misuse(`${flag} needs a value`);
+      if (!words.length) throw new UsageError(`${flag} needs a value`);
       value = words.shift();
     }
     flags[flag] = value === undefined ? '' : value;
@@ -525,7 +578,7 @@ function parse(verb, words) {
 /** Returns a duration in milliseconds. */
 function duration(text) {
   const match = /^(\d+\.?\d*|\.\d+)(h|m|s|ms|)$/.exec(text);
-  if (!match) throw new Misuse(`${JSON.stringify(text)} is not a duration such as 5, 0.5 or 500ms`);
+  if (!match) throw new UsageError(`${JSON.stringify(text)} is not a duration such as 5, 0.5 or 500ms`);
   return match[1] * { h: 3600000, m: 60000, s: 1000, ms: 1, '': 1000 }[match[2]];
 }
 
@@ -568,7 +621,7 @@ async function request({ flags, name, rest }) {
 }
 
 async function service({ flags, name, rest }) {
-  if (!rest.length) throw new Misuse(`no command for ${name}`);
+  if (!rest.length) throw new UsageError(`no command for ${name}`);
   const log = '--quiet' in flags ? () => {} : undefined;
   const served = new CmdService(name, rest[0], flags['--host'], flags['--port'], rest.slice(1),
     { broker: flags['--broker'], stdin: '--stdin' in flags, log });
@@ -582,10 +635,10 @@ async function main(verb, words) {
   let parsed = {};
   try {
     if (verb === '-h' || verb === '--help') return await write(USAGE), 0;
-    if (!FLAGS[verb]) throw new Misuse('the first argument must be request or service\nhint: backbone.js --help');
+    if (!FLAGS[verb]) throw new UsageError('the first argument must be request or service\nhint: backbone.js --help');
     parsed = parse(verb, words);
     if ('--help' in parsed.flags) return await write(USAGE), 0;
-    if (!parsed.name) throw new Misuse('no service name');
+    if (!parsed.name) throw new UsageError('no service name');
     await { request, service }[verb](parsed);
     return 0;
   } catch (error) {
@@ -600,8 +653,7 @@ async function main(verb, words) {
       return error.status;
     }
     if (error.code === 'EPIPE') return 141;
-    say(error instanceof BackboneError ? `${parsed.name}: ${error.message}` : error.message);
-    if (error instanceof Misuse) return 64;
+    say(error instanceof BackboneError && !(error instanceof UsageError) ? `${parsed.name}: ${error.message}` : error.message);
     return error instanceof BackboneError ? error.status : 74;
   }
 }
@@ -614,5 +666,5 @@ if (workerData && workerData.backboneService !== undefined && parentPort) {
 
 module.exports = {
   BackboneClient, BackboneClientMessage, BackboneService, CmdService,
-  BackboneError, RequestTimeout, NoBroker, ConnectionLost, ProtocolError, StatusError,
+  BackboneError, UsageError, RequestTimeout, NoBroker, ConnectionLost, ProtocolError, StatusError,
 };

@@ -19,9 +19,12 @@ The file is also a program: backbone.py request|service --help
 """
 import asyncio
 import collections
+import contextlib
 import inspect
+import math
 import os
 import queue
+import re
 import signal
 import socket as sockets
 import subprocess
@@ -38,12 +41,23 @@ READY, REQUEST, REPLY, HEARTBEAT, DISCONNECT = b'\1', b'\2', b'\3', b'\4', b'\5'
 HEARTBEAT_INTERVAL = 1.0  # seconds, in both directions
 LIVENESS = 5              # missed heartbeats after which the broker counts as lost
 DEFAULT_TIMEOUT = 3.0     # seconds
+MAX_TIMEOUT = 2**31 / 1000  # seconds (24 days); a longer timeout counts as none, because ZeroMQ has 31 bits for milliseconds
 CANCEL_PATIENCE = 0.5     # seconds to wait for the reply to mmi.cancel, which some brokers do not support
 
 
 class BackboneError(Exception):
-    """A request failed. status is the exit status that brequest would have."""
+    """A request or a service failed. status is the exit status that brequest would have."""
     status = 1
+
+    def __init__(self, message='', status=None):
+        super().__init__(message)
+        if status is not None:
+            self.status = status
+
+
+class UsageError(BackboneError):
+    """An argument, a message or an environment variable cannot be used."""
+    status = 64
 
 
 class RequestTimeout(BackboneError):
@@ -71,13 +85,16 @@ class StatusError(BackboneError):
 
     def __init__(self, status, stdout=b'', stderr=b''):
         self.status, self.stdout, self.stderr = status, stdout, stderr
-        super().__init__(_text(stderr).strip() or 'exit status %d' % status)
+        super().__init__(_text(stderr).strip() or 'exit status %s' % status)
 
 
 def _bytes(frame):
     if isinstance(frame, (bytes, bytearray, memoryview)):
         return bytes(frame)
-    return str(frame).encode('utf-8', 'surrogateescape')
+    try:
+        return str(frame).encode('utf-8', 'surrogateescape')
+    except Exception as error:
+        raise UsageError('cannot send a %s: %s' % (type(frame).__name__, error)) from error
 
 
 def _text(frame):
@@ -99,12 +116,18 @@ def _decode(frame, encoding):
 
 
 def _endpoint(host, port, broker):
+    source = 'broker'
     if not broker and not host and not port:
-        broker = os.environ.get('BACKBONE_BROKER')
+        source, broker = 'BACKBONE_BROKER', os.environ.get('BACKBONE_BROKER')
     if broker:
+        if not str(broker).startswith(('tcp://', 'ipc://')):
+            raise UsageError('%s must be tcp://HOST:PORT or ipc:///PATH, not %r' % (source, broker))
         return broker
-    host = host or os.environ.get('BACKBONE_HOST') or '127.0.0.1'
-    port = port or os.environ.get('BACKBONE_PORT') or '5555'
+    host = str(host or os.environ.get('BACKBONE_HOST') or '127.0.0.1')
+    source = 'port' if port else 'BACKBONE_PORT'
+    port = str(port or os.environ.get('BACKBONE_PORT') or '5555')
+    if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
+        raise UsageError('%s must be a number from 0 to 65535, not %r' % (source, port))
     return 'tcp://%s:%s' % ('[%s]' % host.strip('[]') if ':' in host else host, port)
 
 
@@ -120,6 +143,34 @@ def _dealer(endpoint, tool):
     socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 1000
     socket.ipv6 = '[' in endpoint
     return socket
+
+
+def _connect(socket, endpoint):
+    try:
+        socket.connect(endpoint)
+    except (zmq.ZMQError, ValueError) as error:
+        raise UsageError('connect %s: %s' % (endpoint, error)) from error
+    return socket
+
+
+@contextlib.contextmanager
+def _wrap(kind, endpoint):
+    """Turns an error of a kind, such as too many open files, into a BackboneError."""
+    try:
+        yield
+    except kind as error:
+        raise BackboneError('%s: %s' % (endpoint, error), 74) from error
+
+
+def _seconds(timeout):
+    """Returns a timeout in seconds, or 0 for none."""
+    try:
+        seconds = DEFAULT_TIMEOUT if timeout is None else float(timeout)
+        if math.isnan(seconds):
+            raise ValueError('not a number')
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError('a timeout must be a number of seconds, not %r' % (timeout,)) from error
+    return seconds if 0 < seconds < MAX_TIMEOUT else 0
 
 
 class BackboneClientMessage:
@@ -177,7 +228,7 @@ class _Connection:
         # collector would close the monitor before the socket that it monitors.
         self.close = weakref.finalize(self, self._close, self.socket, self.monitor)
         self.connected = self.lost = False
-        self.socket.connect(endpoint)
+        _connect(self.socket, endpoint)
 
     def update(self):
         """Updates connected and lost from the events of the monitor."""
@@ -212,7 +263,8 @@ class BackboneClient:
 
     def connect(self):
         """Starts to connect, and returns at once. This is optional: send connects as well."""
-        self._idle.append(_Connection(self.endpoint))
+        with _wrap(zmq.ZMQError, self.endpoint):
+            self._idle.append(_Connection(self.endpoint))
         return self
 
     def disconnect(self):
@@ -265,13 +317,18 @@ class BackboneClient:
         return dict(_poller(waits).poll(milliseconds))
 
     async def _ask(self, service, message, timeout):
-        request = BackboneClientMessage(service, message, self.encoding)
-        timeout = DEFAULT_TIMEOUT if timeout is None else max(0, timeout)
+        timeout = _seconds(timeout)
         end = time.monotonic() + timeout if timeout else None
+        request = BackboneClientMessage(service, message, self.encoding)
+        frames = request.serialize()
+        with _wrap(zmq.ZMQError, self.endpoint):
+            return await self._exchange(request, frames, timeout, end)
+
+    async def _exchange(self, request, frames, timeout, end):
         connection = self._acquire()
         socket, monitor = connection.socket, connection.monitor
         try:
-            socket.send_multipart([b''] + request.serialize())
+            socket.send_multipart([b''] + frames)
             while True:
                 left = None if end is None else max(0, end - time.monotonic())
                 ready = await self._poll([socket, monitor], None if left is None else left * 1000 + 1)
@@ -291,7 +348,7 @@ class BackboneClient:
             self._idle.append(connection)
             raise
         except BaseException:
-            if connection.connected and not connection.lost and not _bytes(service).startswith(b'mmi.'):
+            if connection.connected and not connection.lost and not frames[1].startswith(b'mmi.'):
                 # Cancel the request if it has not begun. The reply shows that mmi.cancel was sent.
                 socket.send_multipart([b'', CLIENT, b'mmi.cancel', b''])
                 await self._poll([socket], CANCEL_PATIENCE * 1000)
@@ -352,7 +409,8 @@ class BackboneService:
         self.endpoint = _endpoint(host, port, broker)
         self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
         self._requests, self._replies = queue.Queue(), queue.Queue()
-        self._wake_receiver, self._wake_sender = sockets.socketpair()
+        with _wrap(OSError, self.endpoint):
+            self._wake_receiver, self._wake_sender = sockets.socketpair()
         self._stopping = False
         self._threads = []
 
@@ -364,6 +422,8 @@ class BackboneService:
     def connect(self):
         """Serves in background threads. Registers as soon as the broker can be reached."""
         self._stopping = False
+        with _wrap(zmq.ZMQError, self.endpoint):
+            self._connected_socket().close()  # fails here, and not in a thread, if the endpoint is bad
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_registered, self._work)]
         for thread in self._threads:
             thread.start()
@@ -399,10 +459,16 @@ class BackboneService:
             except Exception as error:
                 reply([b'', '%s: %s\n' % (type(error).__name__, error), 'exit status 1'])
 
+    def _connected_socket(self):
+        return _connect(_dealer(self.endpoint, 'bservice'), self.endpoint)
+
     def _keep_registered(self):
         """Registers with the broker, again after each loss, until disconnect is called."""
         while not self._stopping:
-            why = self._serve()
+            try:
+                why = self._serve()
+            except zmq.ZMQError as error:
+                why = error
             if not self._stopping:
                 self.log('%s; reconnecting to %s' % (why, self.endpoint))
                 # Limit the rate if the broker keeps rejecting the service.
@@ -411,8 +477,7 @@ class BackboneService:
 
     def _serve(self):
         """Runs one registration, from READY to DISCONNECT, on a new socket. Returns why it ended."""
-        socket = _dealer(self.endpoint, 'bservice')
-        socket.connect(self.endpoint)
+        socket = self._connected_socket()
         send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
         poller = _poller([socket, self._wake_receiver.fileno()])
         current = None  # the address of the request in progress
@@ -517,22 +582,20 @@ request works like brequest, and service like bservice, with these flags:
       --stdin               request: send standard input as one last argument
                             service: use the last argument as standard input
       --host HOST           host of the broker (127.0.0.1)
-      --port PORT           port of the broker (5555)
-      --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -p, --port PORT           port of the broker (5555)
+  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
   -q, --quiet               print errors only
   -h, --help                print this help
 """
 
 TAKES_VALUE = {'--timeout', '--host', '--port', '--broker'}
-SHORT = {'-t': '--timeout', '-n': '--no-input', '-0': '--null', '-q': '--quiet', '-h': '--help'}
+SHORT = {
+    '-t': '--timeout', '-n': '--no-input', '-0': '--null', '-p': '--port', '-b': '--broker', '-q': '--quiet', '-h': '--help',
+}
 FLAGS = {
     'request': TAKES_VALUE | {'--no-input', '--null', '--stdin', '--quiet', '--help'},
     'service': TAKES_VALUE - {'--timeout'} | {'--stdin', '--quiet', '--help'},
 }
-
-
-class Misuse(Exception):
-    pass
 
 
 def parse(verb, words):
@@ -555,10 +618,10 @@ def parse(verb, words):
         flag, equals, value = word.partition('=')
         flag = SHORT.get(flag, flag)
         if flag not in FLAGS[verb]:
-            raise Misuse('unknown flag %s\nhint: put -- before an argument that looks like a flag' % word)
+            raise UsageError('unknown flag %s\nhint: put -- before an argument that looks like a flag' % word)
         if flag in TAKES_VALUE and not equals:
             if not words:
-                raise Misuse('%s needs a value' % flag)
+                raise UsageError('%s needs a value' % flag)
             value = words.popleft()
         flags[flag] = value
     return flags, name, list(words)
@@ -574,7 +637,7 @@ def duration(text):
             return seconds
     except (ValueError, KeyError):
         pass
-    raise Misuse('%r is not a duration such as 5, 0.5 or 500ms' % text)
+    raise UsageError('%r is not a duration such as 5, 0.5 or 500ms' % text)
 
 
 def request(flags, name, args):
@@ -593,7 +656,7 @@ def request(flags, name, args):
 
 def service(flags, name, command):
     if not command:
-        raise Misuse('no command for %s' % name)
+        raise UsageError('no command for %s' % name)
     served = CmdService(name, command, flags.get('--host'), flags.get('--port'),
                         stdin='--stdin' in flags, broker=flags.get('--broker'))
     if '--quiet' in flags:
@@ -615,13 +678,13 @@ def main(argv):
             sys.stdout.write(USAGE)
             return 0
         if verb not in FLAGS:
-            raise Misuse('the first argument must be request or service\nhint: backbone.py --help')
+            raise UsageError('the first argument must be request or service\nhint: backbone.py --help')
         flags, name, rest = parse(verb, words)
         if '--help' in flags:
             sys.stdout.write(USAGE)
             return 0
         if not name:
-            raise Misuse('no service name')
+            raise UsageError('no service name')
         if verb == 'service':
             service(flags, name, rest)
             return 0
@@ -642,7 +705,7 @@ def main(argv):
         sys.stdout.flush()
         sys.stderr.buffer.write(error.stderr)
         return error.status
-    except Misuse as error:
+    except UsageError as error:
         for line in str(error).split('\n'):
             print('%s: %s' % (tool, line), file=sys.stderr)
         return 64
