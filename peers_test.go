@@ -776,6 +776,123 @@ func TestProgramsInEveryLanguageTakeShortFlagsForTheBroker(t *testing.T) {
 	})
 }
 
+func TestThousandRequestsAtOnceSucceedInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	programs := map[string]string{
+		"python": `
+import asyncio, threading
+from backbone import *
+right = 0
+def check(reply, want):
+    global right
+    right += reply == want
+async def ask(clients, count):
+    async def send(client, number): check(await client.send('peer', str(number), 30), str(number))
+    await asyncio.gather(*[send(client, number) for client in clients for number in range(count)])
+several = [AsyncBackboneClient() for _ in range(5)]
+asyncio.run(ask(several[:1], 1000))
+for client in several: asyncio.run(ask([client], 200))
+asyncio.run(ask(several, 200))
+client = BackboneClient()
+threads = [threading.Thread(target=lambda: check(client.send('peer', 'x', 30), 'x')) for _ in range(1000)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(right)`,
+		"javascript": `
+const { BackboneClient } = require('backbone');
+let right = 0;
+const ask = (clients, count) => Promise.all(clients.flatMap(client => [...Array(count).keys()].map(async number => {
+  if (await client.send('peer', String(number), 30000) === String(number)) right++;
+})));
+(async () => {
+  const several = [...Array(5)].map(() => new BackboneClient());
+  await ask(several.slice(0, 1), 2000);
+  for (const client of several) await ask([client], 200);
+  await ask(several, 200);
+  console.log(right);
+})();`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystem(t, "--heartbeat", "1s")
+		s.startServiceIn("go")
+		if output, err := s.inlineCommand(language, programs[language]).Output(); err != nil || string(output) != "4000\n" {
+			t.Errorf("it printed %q, %v, want 4000 right replies", output, err)
+		}
+	})
+}
+
+func TestRequestsWaitForTheirTurnInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	// The programs have as many requests in progress as they can, and wait for a line of input.
+	programs := map[string]string{
+		"python": `
+import asyncio
+from backbone import *
+async def main():
+    client, order = AsyncBackboneClient(), []
+    start = lambda *request: asyncio.ensure_future(client.send(*request))
+    taken = [start('nobody', '', 0) for _ in range(128)]
+    await asyncio.get_running_loop().run_in_executor(None, input)
+    blocking = asyncio.get_running_loop().run_in_executor(None, BackboneClient().send, 'peer', '', 0.2)
+    for request in client.send('peer', '', 0.2), blocking:
+        try: await request
+        except RequestTimeout as error: print(error.status, error)
+    cancelled = [start('peer', 'cancelled', 0) for _ in range(200)]
+    async def note(number): order.append(await client.send('peer', number, 20))
+    noted = [asyncio.ensure_future(note(str(number))) for number in range(5)]
+    await asyncio.sleep(0)
+    for request in cancelled + taken[:1]: request.cancel()
+    await asyncio.gather(*noted)
+    print(*order)
+    for request in taken: request.cancel()
+    print(await client.send('peer', 'last', 20))
+asyncio.run(main())`,
+		"javascript": `
+const { BackboneClient, RequestTimeout } = require('backbone');
+(async () => {
+  const client = new BackboneClient(), order = [];
+  const start = (service, message) => {
+    const stop = new AbortController();
+    client.send(service, message, 0, { signal: stop.signal }).catch(() => {});
+    return stop;
+  };
+  const taken = [...Array(128)].map(() => start('nobody', ''));
+  await new Promise(resolve => process.stdin.once('data', resolve));
+  process.stdin.destroy();
+  await client.send('peer', '', 200).catch(error => console.log(error.status, error.message));
+  await new BackboneClient().send('peer', '', 200).catch(error => console.log(error.status, error.message));
+  const cancelled = [...Array(200)].map(() => start('peer', 'cancelled'));
+  const noted = [...Array(5).keys()].map(async number => { order.push(await client.send('peer', String(number), 20000)); });
+  for (const request of [...cancelled, taken[0]]) request.abort();
+  await Promise.all(noted);
+  console.log(order.join(' '));
+  for (const request of taken) request.abort();
+  console.log(await client.send('peer', 'last', 20000));
+})();`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystem(t, "--heartbeat", "1s")
+		s.startServiceIn("go")
+		program := s.inlineCommand(language, programs[language])
+		full, err := program.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var output strings.Builder
+		program.Stdout = &output
+		if err := program.Start(); err != nil {
+			t.Fatal(err)
+		}
+		s.waitForMetric("backbone_queue_length", 128)
+		fmt.Fprintln(full)
+		timeout := map[string]string{"python": "0.2s", "javascript": "200ms"}[language]
+		late := "124 not sent within " + timeout + ": 128 other requests are in progress\n"
+		if err := program.Wait(); err != nil || output.String() != late+late+"0 1 2 3 4\nlast\n" {
+			t.Errorf("it printed %q, %v", output.String(), err)
+		}
+	})
+}
+
 // rfc7Command returns a command that runs one of testdata/peers/rfc7_*.py.
 func (s *system) rfc7Command(name string, args ...string) *exec.Cmd {
 	return s.peerCommand("python", "rfc7_"+name, append([]string{s.endpoint}, args...)...)

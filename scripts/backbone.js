@@ -32,6 +32,7 @@ const SILENCE = 5 * HEARTBEAT_INTERVAL; // after which the broker counts as lost
 const DEFAULT_TIMEOUT = 3000;
 const MAX_TIMEOUT = 2 ** 31; // (24 days) the limit of setTimeout; a longer timeout counts as none
 const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some brokers do not support
+const MAX_CONNECTIONS = 128; // of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 const IDLE_PATIENCE = 100; // before an idle connection is closed; an open one keeps the process running
 
 /** A request or a service failed. status is the exit status that brequest would have. */
@@ -201,12 +202,43 @@ function statusOf(body) {
   return match && match[1] < 256 ? new StatusError(Number(match[1]), body[0], body[1]) : undefined;
 }
 
+// Requests that have a connection, idle connections, and the functions that let waiting requests proceed.
+let active = 0;
+const idle = new Set();
+const waiting = [];
+
+/** Resolves when a request may have a connection, in the order of the calls. Rejects when failure does. */
+async function takeTurn(failure) {
+  if (active < MAX_CONNECTIONS) {
+    active++;
+    return;
+  }
+  let proceed;
+  const turn = new Promise(resolve => { proceed = resolve; });
+  waiting.push(proceed);
+  try {
+    await Promise.race([turn, failure]);
+  } catch (error) {
+    const place = waiting.indexOf(proceed);
+    if (place >= 0) waiting.splice(place, 1);
+    else giveTurnBack();
+    throw error;
+  }
+}
+
+function giveTurnBack() {
+  if (waiting.length) waiting.shift()();
+  else active--;
+}
+
 /** A socket for one request at a time, and the state of its connection. */
 class Connection {
-  constructor(endpoint) {
-    this.endpoint = endpoint;
+  /** Opens a connection. It may take the place of idle ones, of any client. */
+  constructor(client) {
+    if (active + idle.size > MAX_CONNECTIONS) idle.forEach(connection => connection.close());
+    this.client = client;
     this.connected = this.lost = false;
-    this.socket = dealer(endpoint, 'brequest', ({ events }) => {
+    this.socket = dealer(client.endpoint, 'brequest', ({ events }) => {
       this.ready = new Promise(resolve => {
         events.on('handshake', () => { this.connected = true; resolve(); });
       });
@@ -218,36 +250,20 @@ class Connection {
     });
   }
 
-  /** Sends a request and resolves to the frames of the reply. */
-  async ask(frames, timeout, signal) {
+  /** Sends a request and resolves to the frames of the reply. Rejects when failure does. */
+  async ask(frames, failure) {
     await this.socket.send(['', ...frames]);
     this.arrival = this.socket.receive();
     this.arrival.catch(() => {}); // it rejects when the socket is closed
-    let timer, aborted;
-    const failure = new Promise((_, reject) => {
-      if (timeout) {
-        timer = setTimeout(() => reject(this.connected
-          ? new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`)
-          : new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`)), timeout);
-      }
-      // A broker that stops may send a reply just before it closes the connection. zeromq may
-      // deliver the reply after the disconnect event.
-      this.broken.then(() => setTimeout(reject, 100, new ConnectionLost(`lost the broker at ${this.endpoint} before its reply`)));
-      if (signal) {
-        aborted = () => reject(signal.reason);
-        if (signal.aborted) aborted();
-        signal.addEventListener('abort', aborted);
-      }
+    // A broker that stops may send a reply just before it closes the connection. zeromq may
+    // deliver the reply after the disconnect event.
+    const lost = this.broken.then(() => new Promise(resolve => setTimeout(resolve, 100))).then(() => {
+      throw new ConnectionLost(`lost the broker at ${this.client.endpoint} before its reply`);
     });
-    failure.catch(() => {});
-    try {
-      const reply = await Promise.race([this.arrival, failure]);
-      if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: no empty first frame, or too few frames');
-      return reply.slice(1);
-    } finally {
-      clearTimeout(timer);
-      if (signal) signal.removeEventListener('abort', aborted);
-    }
+    lost.catch(() => {});
+    const reply = await Promise.race([this.arrival, failure, lost]);
+    if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: no empty first frame, or too few frames');
+    return reply.slice(1);
   }
 
   /** Cancels the request if it has not begun. Waits for the reply, which shows that mmi.cancel was sent. */
@@ -258,20 +274,34 @@ class Connection {
     clearTimeout(timer);
   }
 
-  close() {
+  /** Keeps the connection for the next request of its client, and closes it after IDLE_PATIENCE. */
+  rest() {
+    idle.add(this);
     clearTimeout(this.idleTimer);
+    this.idleTimer = setTimeout(() => this.close(), IDLE_PATIENCE);
+  }
+
+  wake() {
+    idle.delete(this);
+    clearTimeout(this.idleTimer);
+  }
+
+  close() {
+    this.wake();
     this.socket.close();
   }
 }
 
-/** Sends requests to services. Each concurrent request has its own connection. */
+/**
+ * Sends requests to services. Each concurrent request has its own connection. The clients of a
+ * process have MAX_CONNECTIONS of them; more requests wait for their turn.
+ */
 class BackboneClient {
   constructor(host, port, { broker, encoding = 'utf8' } = {}) {
     this.host = host;
     this.port = port;
     this.endpoint = endpointOf(host, port, broker);
     this.encoding = encoding;
-    this._idle = [];
   }
 
   getEndpoint() {
@@ -280,15 +310,18 @@ class BackboneClient {
 
   /** Resolves when the client is connected. This is optional: send connects as well. */
   async connect() {
-    const connection = new Connection(this.endpoint);
-    this._idle.push(connection);
+    const connection = new Connection(this);
+    idle.add(connection);
     await connection.ready;
-    if (this._idle.includes(connection)) this._release(connection);
+    if (idle.has(connection)) connection.rest();
     return this;
   }
 
+  /** Closes the connections that no request uses. send opens new ones. */
   async disconnect() {
-    while (this._idle.length) this._idle.pop().close();
+    for (const connection of idle) {
+      if (connection.client === this) connection.close();
+    }
     return this;
   }
 
@@ -300,14 +333,36 @@ class BackboneClient {
     timeout = millisecondsOf(timeout);
     const request = new BackboneClientMessage(service, message, { encoding: this.encoding });
     const frames = request.serialize();
-    const connection = this._acquire();
+    if (signal && signal.aborted) throw signal.reason;
+    let connection, timer, abort;
+    const failure = new Promise((_, reject) => {
+      if (timeout) timer = setTimeout(() => reject(this._timedOut(connection, timeout)), timeout);
+      abort = () => reject(signal.reason);
+    });
+    failure.catch(() => {});
+    if (signal) signal.addEventListener('abort', abort);
     try {
-      const result = request.parseReply(await connection.ask(frames, timeout, signal));
-      this._release(connection);
+      await takeTurn(failure);
+      try {
+        connection = this._acquire();
+        return await this._exchange(connection, request, frames, failure);
+      } finally {
+        giveTurnBack();
+      }
+    } finally {
+      clearTimeout(timer);
+      if (signal) signal.removeEventListener('abort', abort);
+    }
+  }
+
+  async _exchange(connection, request, frames, failure) {
+    try {
+      const result = request.parseReply(await connection.ask(frames, failure));
+      connection.rest();
       return result;
     } catch (error) {
       if (error instanceof StatusError) {
-        this._release(connection);
+        connection.rest();
         throw error;
       }
       if (connection.connected && !connection.lost && !request.service.startsWith('mmi.')) {
@@ -318,24 +373,21 @@ class BackboneClient {
     }
   }
 
+  _timedOut(connection, timeout) {
+    if (!connection) return new RequestTimeout(`not sent within ${timeout}ms: ${MAX_CONNECTIONS} other requests are in progress`);
+    if (!connection.connected) return new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`);
+    return new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`);
+  }
+
   /** Returns an idle connection, or a new one. */
   _acquire() {
-    for (;;) {
-      const connection = this._idle.pop() || new Connection(this.endpoint);
-      clearTimeout(connection.idleTimer);
+    for (const connection of idle) {
+      if (connection.client !== this) continue;
+      connection.wake();
       if (!connection.lost) return connection;
       connection.close();
     }
-  }
-
-  /** Keeps a connection for the next request, and closes it after IDLE_PATIENCE. */
-  _release(connection) {
-    if (!this._idle.includes(connection)) this._idle.push(connection);
-    clearTimeout(connection.idleTimer);
-    connection.idleTimer = setTimeout(() => {
-      this._idle = this._idle.filter(other => other !== connection);
-      connection.close();
-    }, IDLE_PATIENCE);
+    return new Connection(this);
   }
 }
 

@@ -19,6 +19,7 @@ The file is also a program: backbone.py request|service --help
 """
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import inspect
 import math
@@ -42,6 +43,7 @@ HEARTBEAT_INTERVAL = 1.0  # seconds, in both directions
 LIVENESS = 5              # missed heartbeats after which the broker counts as lost
 DEFAULT_TIMEOUT = 3.0     # seconds
 MAX_TIMEOUT = 2**31 / 1000  # seconds (24 days); a longer timeout counts as none, because ZeroMQ has 31 bits for milliseconds
+MAX_CONNECTIONS = 128     # of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 CANCEL_PATIENCE = 0.5     # seconds to wait for the reply to mmi.cancel, which some brokers do not support
 
 
@@ -218,6 +220,40 @@ def _status(body):
     return None
 
 
+class _Turns:
+    """Lets a number of requests proceed at a time. Others wait, and proceed in the order in which they came."""
+
+    def __init__(self, number):
+        self.taken = 0
+        self._number, self._waiting = number, collections.deque()
+        self.lock = threading.RLock()  # reentrant, because the collector may end a request at any time
+
+    def take(self):
+        """Returns a future that is done once the caller may proceed."""
+        turn = concurrent.futures.Future()
+        with self.lock:
+            if self.taken < self._number:
+                self.taken += 1
+                turn.set_result(None)
+            else:
+                self._waiting.append(turn)
+        return turn
+
+    def give_back(self, turn):
+        """Ends a turn, or the wait for it."""
+        with self.lock:
+            if not turn.done():
+                self._waiting.remove(turn)
+            elif self._waiting:
+                self._waiting.popleft().set_result(None)
+            else:
+                self.taken -= 1
+
+
+_turns = _Turns(MAX_CONNECTIONS)
+_clients = weakref.WeakSet()
+
+
 class _Connection:
     """A socket for one request at a time, and the state of its connection."""
 
@@ -246,7 +282,11 @@ class _Connection:
 
 
 class BackboneClient:
-    """Sends requests to services. Each concurrent request has its own connection."""
+    """Sends requests to services. Any number of threads may use it at once.
+
+    Each concurrent request has its own connection. The clients of a process have MAX_CONNECTIONS
+    of them; more requests wait for their turn.
+    """
 
     def __init__(self, *address, host=None, port=None, broker=None, encoding='utf-8'):
         # (host, port), or (name, host, port) as in a README of Dispatchr Backbone.
@@ -255,6 +295,8 @@ class BackboneClient:
         self.endpoint = _endpoint(self.host, self.port, broker)
         self.encoding = encoding
         self._idle = collections.deque()
+        with _turns.lock:
+            _clients.add(self)
 
     def get_endpoint(self):
         return self.endpoint
@@ -264,12 +306,13 @@ class BackboneClient:
     def connect(self):
         """Starts to connect, and returns at once. This is optional: send connects as well."""
         with _wrap(zmq.ZMQError, self.endpoint):
-            self._idle.append(_Connection(self.endpoint))
+            self._idle.append(self._open())
         return self
 
     def disconnect(self):
-        while self._idle:
-            self._idle.pop().close()
+        """Closes the connections that no request uses. send opens new ones."""
+        for connection in iter(self._take_idle, None):
+            connection.close()
         return self
 
     def __enter__(self):
@@ -278,15 +321,29 @@ class BackboneClient:
     def __exit__(self, *_):
         self.disconnect()
 
+    def _take_idle(self):
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _open(self):
+        """Returns a new connection. It may take the place of idle ones, of any client."""
+        with _turns.lock:
+            clients = list(_clients)
+        if _turns.taken + sum(len(client._idle) for client in clients) > MAX_CONNECTIONS:
+            for client in clients:
+                BackboneClient.disconnect(client)
+        return _Connection(self.endpoint)
+
     def _acquire(self):
         """Returns an idle connection, or a new one."""
-        while self._idle:
-            connection = self._idle.pop()
+        for connection in iter(self._take_idle, None):
             connection.update()
             if not connection.lost:
                 return connection
             connection.close()
-        return _Connection(self.endpoint)
+        return self._open()
 
     def send(self, service, message=None, timeout=None, on_message=None):
         """Returns the reply of a service. Waits for a broker that is not running yet.
@@ -308,9 +365,12 @@ class BackboneClient:
             threading.Thread(target=send_and_report).start()
             return None
         try:
-            self._ask(service, message, timeout).send(None)  # runs to the end, because _poll blocks
+            self._ask(service, message, timeout).send(None)  # runs to the end, because _wait and _poll block
         except StopIteration as end:
             return end.value
+
+    async def _wait(self, turn, seconds):
+        concurrent.futures.wait([turn], seconds)
 
     async def _poll(self, waits, milliseconds):
         """Waits until a socket is readable or the time is over. Returns the readable sockets."""
@@ -321,8 +381,16 @@ class BackboneClient:
         end = time.monotonic() + timeout if timeout else None
         request = BackboneClientMessage(service, message, self.encoding)
         frames = request.serialize()
-        with _wrap(zmq.ZMQError, self.endpoint):
-            return await self._exchange(request, frames, timeout, end)
+        turn = _turns.take()
+        try:
+            if not turn.done():
+                await self._wait(turn, timeout or None)
+            if not turn.done():
+                raise RequestTimeout('not sent within %gs: %d other requests are in progress' % (timeout, MAX_CONNECTIONS))
+            with _wrap(zmq.ZMQError, self.endpoint):
+                return await self._exchange(request, frames, timeout, end)
+        finally:
+            _turns.give_back(turn)
 
     async def _exchange(self, request, frames, timeout, end):
         connection = self._acquire()
@@ -371,6 +439,9 @@ class AsyncBackboneClient(BackboneClient):
 
     async def send(self, service, message=None, timeout=None):
         return await self._ask(service, message, timeout)
+
+    async def _wait(self, turn, seconds):
+        await asyncio.wait([asyncio.wrap_future(turn)], timeout=seconds)
 
     async def _poll(self, waits, milliseconds):
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
