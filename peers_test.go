@@ -657,6 +657,143 @@ func TestOnlyAnIdleServiceLeavesASilentBrokerInAnyLanguage(t *testing.T) {
 	})
 }
 
+// handlers are services named peer. The first frame of a request names the handler.
+var handlers = map[string]string{
+	"python": `
+import asyncio, sys, threading
+from backbone import *
+class Unprintable(Exception):
+    def __str__(self): raise ValueError
+class handlers:
+    def hello(reply): reply('hello')
+    def nothing(reply): pass
+    def number(reply): return 42
+    async def promise(reply): await asyncio.sleep(0)
+    def forget(reply): threading.Timer(0.2, lambda kept: None, [reply]).start()
+    def cycle(reply):
+        def itself(): return itself, reply
+    def text(reply): return 'text'
+    def several(reply): return ['several', b'frames']
+    async def later(reply): return 'later'
+    def both(reply):
+        reply('called')
+        return 'returned'
+    def timer(reply):
+        timer = threading.Timer(0.2, reply, ['timer'])
+        timer.start()
+        return timer
+    def unsendable(reply): reply('\ud800')
+    def unsendable_result(reply): return '\ud800'
+    def unsendable_later(reply): threading.Timer(0.1, reply, ['\ud800']).start()
+    def exit(reply): sys.exit(3)
+    def unprintable(reply): raise Unprintable()
+    def status(reply): raise StatusError(-9, b'', b'signal')
+BackboneService('peer', lambda message, reply: getattr(handlers, message[0])(reply)).start()`,
+	"javascript": `
+const { BackboneService, StatusError } = require('backbone');
+const unsendable = Object.create(null);
+const handlers = {
+  hello: reply => reply('hello'),
+  nothing: () => {},
+  number: () => 42,
+  promise: async () => {},
+  forget: reply => { setTimeout(kept => {}, 200, reply); },
+  cycle: async reply => { await new Promise(() => reply); },
+  text: () => 'text',
+  several: () => ['several', Buffer.from('frames')],
+  later: async () => 'later',
+  both: reply => { reply('called'); return 'returned'; },
+  timer: reply => setTimeout(reply, 200, 'timer'),
+  unsendable: reply => reply(unsendable),
+  unsendable_result: () => [unsendable],
+  unsendable_later: reply => { setTimeout(reply, 100, unsendable); },
+  exit: () => { throw undefined; },
+  unprintable: () => { throw unsendable; },
+  status: () => { throw new StatusError(-9, '', 'signal'); },
+};
+new BackboneService('peer', (message, reply) => handlers[message[0]](reply)).connect();`,
+}
+
+// startHandlers starts the handlers of a language. log ends them and returns what they logged.
+func startHandlers(t *testing.T, language string) (s *system, log func() string) {
+	t.Helper()
+	s = newSystem(t, "--heartbeat", "1s")
+	service, logged := s.inlineCommand(language, handlers[language]), &strings.Builder{}
+	service.Stderr = logged
+	if err := service.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return s, func() string {
+		service.Process.Kill()
+		service.Wait()
+		return logged.String()
+	}
+}
+
+func TestHandlerThatEndsWithoutReplyFailsTheRequestInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s, log := startHandlers(t, language)
+		handlers := []string{"nothing", "number", "promise", "forget", "cycle"}
+		for _, handler := range handlers {
+			reply, err := s.request("peer", handler)
+			if err != nil || len(reply) != 3 || !strings.HasPrefix(reply[1], "peer: on_request ended without a reply") || reply[2] != "exit status 1" {
+				t.Errorf("%s: the reply is %q, %v", handler, reply, err)
+			}
+		}
+		s.expect("peer", []string{"hello"}, "hello")
+		if log := log(); strings.Count(log, "peer: on_request ended without a reply") != len(handlers) {
+			t.Errorf("the log is %q", log)
+		}
+	})
+}
+
+func TestHandlerMayReturnTheReplyInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s, log := startHandlers(t, language)
+		s.expect("peer", []string{"text"}, "text")
+		s.expect("peer", []string{"several"}, "several", "frames")
+		s.expect("peer", []string{"later"}, "later")
+		s.expect("peer", []string{"both"}, "called")
+		s.expect("peer", []string{"timer"}, "timer")
+		if log := log(); log != "" {
+			t.Errorf("the log is %q", log)
+		}
+	})
+}
+
+func TestReplyThatCannotBeSentFailsTheRequestInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s, log := startHandlers(t, language)
+		handlers := []string{"unsendable", "unsendable_result", "unsendable_later"}
+		for _, handler := range handlers {
+			reply, err := s.request("peer", handler)
+			if err != nil || len(reply) != 3 || !strings.HasPrefix(reply[1], "peer: cannot send ") || reply[2] != "exit status 1" {
+				t.Errorf("%s: the reply is %q, %v", handler, reply, err)
+			}
+		}
+		s.expect("peer", []string{"hello"}, "hello")
+		if log := log(); strings.Count(log, "peer: cannot send ") != len(handlers) {
+			t.Errorf("the log is %q", log)
+		}
+	})
+}
+
+func TestEveryExceptionOfAHandlerFailsTheRequestInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s, _ := startHandlers(t, language)
+		for _, handler := range []string{"exit", "unprintable", "status"} {
+			if reply, err := s.request("peer", handler); err != nil || len(reply) != 3 || reply[1] == "" || reply[2] != "exit status 1" {
+				t.Errorf("%s: the reply is %q, %v", handler, reply, err)
+			}
+		}
+		s.expect("peer", []string{"hello"}, "hello")
+	})
+}
+
 func TestSecondReplyIsDroppedInAnyLanguage(t *testing.T) {
 	t.Parallel()
 	inEachLanguage(t, func(t *testing.T, language string) {

@@ -18,8 +18,10 @@
  */
 const crypto = require('crypto');
 const os = require('os');
-const { inspect } = require('util');
+const { format, inspect } = require('util');
 const { spawn } = require('child_process');
+const v8 = require('v8');
+const vm = require('vm');
 const { Worker, parentPort, workerData } = require('worker_threads');
 const { Dealer } = require('zeromq');
 
@@ -29,6 +31,7 @@ const READY = '\x01', REQUEST = '\x02', REPLY = '\x03', HEARTBEAT = '\x04', DISC
 // Times in milliseconds.
 const HEARTBEAT_INTERVAL = 1000; // in both directions
 const SILENCE = 5 * HEARTBEAT_INTERVAL; // after which the broker counts as lost
+const COLLECT_PAUSES = [100, 60000]; // the first and the longest, between collections while a reply is missing
 const DEFAULT_TIMEOUT = 3000;
 const MAX_TIMEOUT = 2 ** 31; // (24 days) the limit of setTimeout; a longer timeout counts as none
 const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some brokers do not support
@@ -391,11 +394,38 @@ class BackboneClient {
   }
 }
 
+const NO_REPLY = 'on_request ended without a reply; it must call reply, or return text, bytes, or an array of them';
+
+/** Returns whether a value that on_request returns is a reply, and not, say, the timer of a later one. */
+function isMessage(value) {
+  return typeof value === 'string' || ArrayBuffer.isView(value) || Array.isArray(value);
+}
+
+/** Returns the reply for an exception in on_request. */
+function failureOf(error) {
+  if (error instanceof StatusError) {
+    const valid = Number.isInteger(error.status) && error.status >= 0 && error.status < 256;
+    try {
+      return framesOf([error.stdout, error.stderr, `exit status ${valid ? error.status : 1}`]);
+    } catch (worse) {
+      error = worse;
+    }
+  }
+  return framesOf(['', `${error && error.stack ? `${error.name}: ${error.message}` : format('%s', error)}\n`, 'exit status 1']);
+}
+
+/** Collects garbage, which an idle process does not do by itself. */
+function collect() {
+  v8.setFlagsFromString('--expose-gc');
+  vm.runInNewContext('gc')();
+}
+
 /**
  * Serves requests for a name. Calls on_request(message, reply) for one request at a time.
- * on_request must call reply once, now or later. An exception in on_request, or the rejection
- * of a promise that it returns, is sent to the client as a failure. on_request may block,
- * because another thread sends the heartbeats.
+ * on_request calls reply, now or later, or returns the reply or a promise of it: a string, a
+ * Buffer, or an array of them. The client gets a failure if on_request throws an exception, if
+ * its promise rejects, or if it ends and leaves nothing that could call reply. on_request may
+ * block, because another thread sends the heartbeats.
  */
 class BackboneService {
   constructor(service, on_request, { host, port, broker, encoding = 'utf8', log } = {}) {
@@ -404,6 +434,7 @@ class BackboneService {
     this.endpoint = endpointOf(host, port, broker);
     this.encoding = encoding;
     this.log = log || (text => console.error(`${service}: ${text}`));
+    this._forgotten = new FinalizationRegistry(token => this._refuse(token, NO_REPLY)); // reply functions
   }
 
   getEndpoint() {
@@ -425,15 +456,47 @@ class BackboneService {
     return this._ended;
   }
 
-  /** Calls on_request for a request. token identifies the request to the thread. */
+  /** Calls on_request for a request. token identifies the request. */
   async _serve(token, body) {
-    const reply = message => this._thread.postMessage({ token, body: framesOf(message) });
+    this._token = token;
+    const reply = message => {
+      try {
+        this._answer(token, framesOf(message));
+      } catch (error) {
+        this._refuse(token, error.message);
+      }
+    };
+    this._forgotten.register(reply, token);
     try {
-      await this.on_request(body.map(frame => decode(Buffer.from(frame), this.encoding)), reply);
+      const result = this.on_request(body.map(frame => decode(Buffer.from(frame), this.encoding)), reply);
+      if (token === this._token) this._collectLater(...COLLECT_PAUSES);
+      const returned = await result;
+      if (isMessage(returned)) reply(returned);
     } catch (error) {
-      if (error instanceof StatusError) reply([error.stdout, error.stderr, `exit status ${error.status}`]);
-      else reply(['', `${error && error.stack ? `${error.name}: ${error.message}` : error}\n`, 'exit status 1']);
+      this._answer(token, failureOf(error));
     }
+  }
+
+  /** Sends the first reply to the current request. Ignores any other reply. */
+  _answer(token, body) {
+    if (token !== this._token) return;
+    this._token = undefined;
+    clearTimeout(this._collector);
+    this._thread.postMessage({ token, body });
+  }
+
+  _refuse(token, why) {
+    if (token !== this._token) return;
+    this.log(why);
+    this._answer(token, failureOf(new StatusError(1, '', `${this.service}: ${why}\n`)));
+  }
+
+  /** Collects garbage until the reply is there: perhaps nothing but garbage refers to the reply function. */
+  _collectLater(pause, longest) {
+    this._collector = setTimeout(() => {
+      collect();
+      this._collectLater(Math.min(2 * pause, longest), longest);
+    }, pause);
   }
 }
 

@@ -21,6 +21,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import gc
 import inspect
 import math
 import os
@@ -44,6 +45,7 @@ LIVENESS = 5              # missed heartbeats after which the broker counts as l
 DEFAULT_TIMEOUT = 3.0     # seconds
 MAX_TIMEOUT = 2**31 / 1000  # seconds (24 days); a longer timeout counts as none, because ZeroMQ has 31 bits for milliseconds
 MAX_CONNECTIONS = 128     # of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
+COLLECT_PAUSES = 0.1, 60  # seconds, the first and the longest, between collections while a reply is missing
 CANCEL_PATIENCE = 0.5     # seconds to wait for the reply to mmi.cancel, which some brokers do not support
 
 
@@ -465,11 +467,15 @@ class AsyncBackboneClient(BackboneClient):
                 loop.remove_reader(socket.fd)
 
 
+NO_REPLY = 'on_request ended without a reply; it must call reply, or return text, bytes, or a list of them'
+
+
 class BackboneService:
     """Serves requests for a name.
 
-    Calls on_request(message, reply) for one request at a time. on_request must call reply
-    once, now or later. An exception in on_request is sent to the client as a failure.
+    Calls on_request(message, reply) for one request at a time. on_request calls reply, now or
+    later, or returns the reply: a str, bytes, or a list of them. The client gets a failure if
+    on_request raises an exception, or ends and leaves nothing that could call reply.
     on_request may block, because another thread sends the heartbeats.
     """
 
@@ -479,9 +485,11 @@ class BackboneService:
         self.service, self.on_request, self.encoding = service, on_request, encoding
         self.endpoint = _endpoint(host, port, broker)
         self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
-        self._requests, self._replies = queue.Queue(), queue.Queue()
+        self._requests = queue.Queue()
+        self._replies = queue.SimpleQueue()  # reentrant, because the collector may put a reply into it
         with _wrap(OSError, self.endpoint):
             self._wake_receiver, self._wake_sender = sockets.socketpair()
+        self._wake_sender.setblocking(False)
         self._stopping = False
         self._threads = []
 
@@ -513,22 +521,54 @@ class BackboneService:
 
     def _notify(self):
         """Wakes the thread that owns the socket."""
-        self._wake_sender.send(b'.')
+        with contextlib.suppress(BlockingIOError):  # enough to wake it is there already
+            self._wake_sender.send(b'.')
+
+    def _answer(self, address, body):
+        """Sends the reply to a request: its frames, or a str that says why there is none."""
+        self._replies.put((address, body))
+        self._notify()
 
     def _work(self):
         """Calls on_request for each request."""
-        for address, body in iter(self._requests.get, None):
-            def reply(message, address=address):
-                self._replies.put((address, _frames(message)))
-                self._notify()
+        request = self._requests.get()
+        while request:
+            replied = self._handle(*request)
+            request = self._next_request(replied)
+
+    def _next_request(self, replied):
+        """Returns the next request, or None at the end. It cannot come as long as a reply is missing."""
+        pause, longest = COLLECT_PAUSES
+        while not replied:
             try:
-                result = self.on_request([_decode(frame, self.encoding) for frame in body], reply)
-                if inspect.iscoroutine(result):
-                    asyncio.run(result)
-            except StatusError as error:
-                reply([error.stdout, error.stderr, 'exit status %d' % error.status])
-            except Exception as error:
-                reply([b'', '%s: %s\n' % (type(error).__name__, error), 'exit status 1'])
+                return self._requests.get(timeout=pause)
+            except queue.Empty:
+                gc.collect()  # perhaps only a cycle of garbage still refers to the reply function
+                pause = min(2 * pause, longest)
+        return self._requests.get()
+
+    def _handle(self, address, body):
+        """Calls on_request for a request. Returns whether it has its reply."""
+        replied = False
+
+        def reply(message):
+            nonlocal replied
+            replied = True
+            try:
+                self._answer(address, _frames(message))
+            except UsageError as error:
+                self._answer(address, str(error))
+        weakref.finalize(reply, self._answer, address, NO_REPLY).atexit = False
+        try:
+            result = self.on_request([_decode(frame, self.encoding) for frame in body], reply)
+            if inspect.iscoroutine(result):
+                result = asyncio.run(result)
+            if not replied and isinstance(result, (str, bytes, bytearray, memoryview, list, tuple)):
+                reply(result)
+        except BaseException as error:  # such as SystemExit, which would end nothing but this thread
+            replied = True
+            self._answer(address, _failure(error))
+        return replied
 
     def _connected_socket(self):
         return _connect(_dealer(self.endpoint, 'bservice'), self.endpoint)
@@ -572,6 +612,9 @@ class BackboneService:
                         self._requests.put((current, body))
                 while not self._replies.empty():
                     address, body = self._replies.get()
+                    if address is current and isinstance(body, str):
+                        self.log(body)
+                        body = _failure(StatusError(1, b'', '%s: %s\n' % (self.service, body)))
                     if address is current:  # not a second reply, or one for an earlier registration
                         current = None
                         if why:
@@ -593,6 +636,18 @@ class BackboneService:
         finally:
             socket.close()
         return why
+
+
+def _failure(error):
+    """Returns the reply for an exception in on_request."""
+    if isinstance(error, StatusError):
+        with contextlib.suppress(UsageError):
+            return _frames([error.stdout, error.stderr, 'exit status %d' % (error.status if error.status in range(256) else 1)])
+    try:
+        text = '%s: %s\n' % (type(error).__name__, error)
+    except Exception:
+        text = '%s\n' % type(error).__name__
+    return [b'', text.encode('utf-8', 'backslashreplace'), b'exit status 1']
 
 
 def _command(frames):
