@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -78,16 +80,13 @@ func inEachLanguage(t *testing.T, test func(t *testing.T, language string)) {
 }
 
 // command returns a command that runs the interpreter of a language. If it is started, it is killed
-// at the end of the test.
+// at the end of the test, or after two minutes.
 func (s *system) command(language string, args ...string) *exec.Cmd {
 	s.t.Helper()
-	cmd := exec.Command(interpreter(s.t.(*testing.T), language), args...)
+	ctx, kill := context.WithTimeout(context.Background(), 2*time.Minute)
+	s.t.Cleanup(kill)
+	cmd := exec.CommandContext(ctx, interpreter(s.t.(*testing.T), language), args...)
 	cmd.Env, cmd.Stderr = s.peerEnv(), os.Stderr
-	s.t.Cleanup(func() {
-		if cmd.Process != nil {
-			cmd.Process.Kill()
-		}
-	})
 	return cmd
 }
 
@@ -791,6 +790,207 @@ func TestEveryExceptionOfAHandlerFailsTheRequestInAnyLanguage(t *testing.T) {
 			}
 		}
 		s.expect("peer", []string{"hello"}, "hello")
+	})
+}
+
+// A startedService is a program that calls start. Its handler says begun, and replies after a line of
+// input. After start the program tells whether the handlers of signals are as they were.
+type startedService struct {
+	*exec.Cmd
+	input  io.Writer
+	output *bufio.Scanner
+	worker string
+}
+
+// callStart starts such a program with a raw broker, and sends a request to it.
+func callStart(t *testing.T, language string) (service startedService, broker peer) {
+	t.Helper()
+	s, broker := newSystemWithRawBroker(t)
+	service.Cmd = s.inlineCommand(language, map[string]string{
+		"python": `
+import signal
+from backbone import *
+before = signal.SIG_DFL, signal.default_int_handler
+signal.signal(signal.SIGINT, before[1])  # it may have been ignored
+def on_request(message, reply):
+    print('begun', flush=True)
+    input()
+    reply('replied')
+BackboneService('peer', on_request).start()
+print('restored' if (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before else 'changed')`,
+		"javascript": `
+const { BackboneService } = require('backbone');
+new BackboneService('peer', (message, reply) => {
+  console.log('begun');
+  process.stdin.once('data', () => { process.stdin.destroy(); reply('replied'); });
+}).start().then(() => console.log(process.listenerCount('SIGTERM') + process.listenerCount('SIGINT') ? 'changed' : 'restored'));`,
+	}[language])
+	input, err := service.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, err := service.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	service.input, service.output = input, bufio.NewScanner(output)
+	if err := service.Start(); err != nil {
+		t.Fatal(err)
+	}
+	service.worker, _ = broker.nextFromWorker()
+	broker.send(toWorker(service.worker, "client")...)
+	service.says(t, "begun")
+	return service, broker
+}
+
+func (s startedService) says(t *testing.T, want string) {
+	t.Helper()
+	if s.output.Scan(); s.output.Text() != want {
+		t.Fatalf("it printed %q, want %q", s.output.Text(), want)
+	}
+}
+
+func TestSignalEndsStartCleanlyInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+			service, broker := callStart(t, language)
+			service.Process.Signal(signal)
+			fmt.Fprintln(service.input)
+			_, reply := broker.nextFromWorker()
+			broker.want(reply, "", "MDPW01", "\x03", "client", "", "replied")
+			_, farewell := broker.nextFromWorker()
+			broker.want(farewell, "", "MDPW01", "\x05")
+			service.says(t, "restored")
+			if err := service.Wait(); err != nil {
+				t.Errorf("after %v it ended with %v", signal, err)
+			}
+		}
+	})
+}
+
+func TestSecondSignalEndsStartAtOnceInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		service, _ := callStart(t, language)
+		ended := make(chan error, 1)
+		go func() { ended <- service.Wait() }()
+		for signals := 0; ; signals++ { // one that comes before the first was handled is not a second one
+			service.Process.Signal(syscall.SIGTERM)
+			select {
+			case <-ended:
+				if status := exitStatus(service.ProcessState); status != 143 || signals == 0 {
+					t.Errorf("after %d signals it ended with status %d", signals+1, status)
+				}
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+	})
+}
+
+func TestStartLeavesHandlersOfTheProgramAloneInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	programs := map[string]string{
+		"python": `
+import os, signal
+from backbone import *
+before = signal.getsignal(signal.SIGTERM)
+try: BackboneService('peer', print, broker='tcp://x:y').start()
+except UsageError: print(signal.getsignal(signal.SIGTERM) is before)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def mine(*_):
+    service.disconnect()
+    print('mine', flush=True)
+signal.signal(signal.SIGTERM, mine)
+service = BackboneService('peer', lambda message, reply: reply([str(os.getpid())]))
+service.start()
+print(signal.getsignal(signal.SIGTERM) is mine, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)`,
+		"javascript": `
+const { BackboneService } = require('backbone');
+(async () => {
+  await new BackboneService('peer', () => {}, { broker: 'tcp://x:y' }).start().catch(() => {});
+  console.log(process.listenerCount('SIGTERM') === 0);
+  process.on('SIGINT', () => {});
+  process.on('SIGTERM', () => { service.disconnect(); console.log('mine'); });
+  const service = new BackboneService('peer', () => String(process.pid));
+  await service.start();
+  console.log(process.listenerCount('SIGTERM') === 1, process.listenerCount('SIGINT') === 1);
+  process.exit();
+})();`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystem(t, "--heartbeat", "1s")
+		service, output := s.inlineCommand(language, programs[language]), &strings.Builder{}
+		service.Stdout = output
+		if err := service.Start(); err != nil {
+			t.Fatal(err)
+		}
+		pid := fmt.Sprint(service.Process.Pid)
+		s.expect("peer", nil, pid)
+		service.Process.Signal(syscall.SIGINT)
+		s.expect("peer", nil, pid)
+		service.Process.Signal(syscall.SIGTERM)
+		if err := service.Wait(); err != nil || strings.ToLower(output.String()) != "true\nmine\ntrue true\n" {
+			t.Errorf("it printed %q, %v", output, err)
+		}
+	})
+}
+
+func TestCloseEndsClientsAndServicesInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	programs := map[string]string{
+		"python": `
+import asyncio
+from backbone import *
+async def ask():
+    async with AsyncBackboneClient() as client: print(await client.send('peer', '', 20))
+with BackboneService('peer', lambda message, reply: 'one'): asyncio.run(ask())
+service, client = BackboneService('peer', lambda message, reply: 'two').connect(), BackboneClient()
+print(client.send('peer', '', 20))
+service.close()
+client.close()
+input()`,
+		"javascript": `
+const { BackboneClient, BackboneService } = require('backbone');
+(async () => {
+  for (const reply of ['one', 'two']) {
+    const service = new BackboneService('peer', () => reply).connect(), client = new BackboneClient();
+    console.log(await client.send('peer', '', 20000));
+    await service.close();
+    await client.close();
+  }
+  process.stdin.once('data', () => process.stdin.destroy());
+})();`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystem(t, "--heartbeat", "1s")
+		program := s.inlineCommand(language, programs[language])
+		input, err := program.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		output, err := program.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := program.Start(); err != nil {
+			t.Fatal(err)
+		}
+		replies := bufio.NewScanner(output)
+		for _, want := range []string{"one", "two"} {
+			if replies.Scan(); replies.Text() != want {
+				t.Errorf("the reply is %q, want %q", replies.Text(), want)
+			}
+		}
+		s.waitForMetric("backbone_workers", 0)
+		if lost := s.metric("backbone_lost_workers_total"); lost != 0 {
+			t.Error("a service ended without DISCONNECT")
+		}
+		fmt.Fprintln(input)
+		if err := program.Wait(); err != nil {
+			t.Error(err)
+		}
 	})
 }
 

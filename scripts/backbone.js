@@ -7,7 +7,7 @@
  *
  *   new BackboneClient().send('ls-service', '/tmp').then(reply => console.log(reply));
  *
- *   new BackboneService('greet', (message, reply) => reply(['hello', ...message])).connect();
+ *   new BackboneService('greet', (message, reply) => reply(['hello', ...message])).start();
  *
  * The protocol is MDP/0.1 (RFC 7). A message to send is a string, a Buffer, or an array of
  * them. A service receives an array of strings. A client receives a string if the reply has
@@ -328,6 +328,10 @@ class BackboneClient {
     return this;
   }
 
+  close() {
+    return this.disconnect();
+  }
+
   /**
    * Resolves to the reply of a service. Waits for a broker that is not running yet. timeout
    * is in milliseconds; 0 or less means no timeout.
@@ -450,10 +454,34 @@ class BackboneService {
     return this;
   }
 
-  /** Accepts no more requests, and sends DISCONNECT after the reply to the current one. */
+  /**
+   * Serves. Resolves after disconnect. SIGTERM and SIGINT (Ctrl-C) call disconnect, and a second
+   * one ends the process at once. A signal that has a listener of the program is left to it.
+   */
+  async start() {
+    const signals = ['SIGTERM', 'SIGINT'].filter(signal => process.listenerCount(signal) === 0);
+    const restore = () => signals.forEach(signal => process.off(signal, stop));
+    const stop = () => {
+      restore();
+      this.disconnect();
+    };
+    this.connect();
+    signals.forEach(signal => process.on(signal, stop));
+    try {
+      await this._ended;
+    } finally {
+      restore();
+    }
+  }
+
+  /** Accepts no more requests, and sends DISCONNECT after the reply to the current one. Resolves then. */
   disconnect() {
-    this._thread.postMessage({ stop: true });
+    if (this._thread) this._thread.postMessage({ stop: true });
     return this._ended;
+  }
+
+  close() {
+    return this.disconnect();
   }
 
   /** Calls on_request for a request. token identifies the request. */
@@ -740,9 +768,7 @@ async function service({ flags, name, rest }) {
   const log = '--quiet' in flags ? () => {} : undefined;
   const served = new CmdService(name, rest[0], flags['--host'], flags['--port'], rest.slice(1),
     { broker: flags['--broker'], stdin: '--stdin' in flags, log });
-  served.connect();
-  for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => served.disconnect());
-  await served._ended;
+  await served.start();
 }
 
 async function main(verb, words) {

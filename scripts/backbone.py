@@ -317,6 +317,8 @@ class BackboneClient:
             connection.close()
         return self
 
+    close = disconnect
+
     def __enter__(self):
         return self.connect()
 
@@ -439,6 +441,12 @@ def _poller(waits):
 class AsyncBackboneClient(BackboneClient):
     """A BackboneClient for asyncio. Any number of sends may be awaited concurrently."""
 
+    async def __aenter__(self):
+        return self.connect()
+
+    async def __aexit__(self, *_):
+        self.disconnect()
+
     async def send(self, service, message=None, timeout=None):
         return await self._ask(service, message, timeout)
 
@@ -501,23 +509,63 @@ class BackboneService:
     def connect(self):
         """Serves in background threads. Registers as soon as the broker can be reached."""
         self._stopping = False
+        self._launch()
+        return self
+
+    def _launch(self):
         with _wrap(zmq.ZMQError, self.endpoint):
             self._connected_socket().close()  # fails here, and not in a thread, if the endpoint is bad
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_registered, self._work)]
         for thread in self._threads:
             thread.start()
-        return self
 
     def start(self):
-        """Serves until disconnect is called, for example by a signal handler."""
-        self.connect()
-        while self._threads[0].is_alive():
-            self._threads[0].join(1)  # with a timeout, so that signals are handled
+        """Serves until disconnect is called.
+
+        In the main thread, SIGTERM and SIGINT (Ctrl-C) call disconnect, and a second one ends the
+        program at once. A signal that is ignored or has a handler of the program is left alone.
+        """
+        self._stopping = False
+        replaced = []
+
+        def restore():
+            while replaced:
+                signal.signal(*replaced.pop())
+
+        def stop(*_):
+            restore()
+            self.disconnect()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    replaced.append((number, signal.signal(number, stop)))
+        try:
+            self._launch()
+            self._join()
+        finally:
+            restore()
+
+    def _join(self):
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(1)  # with a timeout, so that signals are handled
 
     def disconnect(self):
-        """Accepts no more requests, and sends DISCONNECT after the reply to the current one."""
+        """Accepts no more requests, and sends DISCONNECT after the reply to the current one. Returns at once."""
         self._stopping = True
         self._notify()
+
+    def close(self):
+        """Disconnects, and waits until on_request has ended, unless it is on_request that calls close."""
+        self.disconnect()
+        if threading.current_thread() not in self._threads:
+            self._join()
+
+    def __enter__(self):
+        return self.connect()
+
+    def __exit__(self, *_):
+        self.close()
 
     def _notify(self):
         """Wakes the thread that owns the socket."""
@@ -787,8 +835,6 @@ def service(flags, name, command):
                         stdin='--stdin' in flags, broker=flags.get('--broker'))
     if '--quiet' in flags:
         served.log = lambda text: None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: served.disconnect())
     served.start()
 
 
