@@ -38,6 +38,12 @@ const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some 
 const MAX_CONNECTIONS = 128; // of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 const IDLE_PATIENCE = 100; // before an idle connection is closed; an open one keeps the process running
 
+/**
+ * @typedef {string|Buffer} Frame
+ * @typedef {undefined|null|Frame|Frame[]} Message
+ * @typedef {{host?: string, port?: number|string, broker?: string, encoding?: string|null}} Options
+ */
+
 /** A request or a service failed. status is the exit status that brequest would have. */
 class BackboneError extends Error {
   constructor(message, status = 1, options) {
@@ -300,6 +306,11 @@ class Connection {
  * process have MAX_CONNECTIONS of them; more requests wait for their turn.
  */
 class BackboneClient {
+  /**
+   * @param {string} [host]
+   * @param {number|string} [port]
+   * @param {{broker?: string, encoding?: string|null}} [options]
+   */
   constructor(host, port, { broker, encoding = 'utf8' } = {}) {
     this.host = host;
     this.port = port;
@@ -334,7 +345,12 @@ class BackboneClient {
 
   /**
    * Resolves to the reply of a service. Waits for a broker that is not running yet. timeout
-   * is in milliseconds; 0 or less means no timeout.
+   * is in milliseconds; 0 or less means no timeout. An abort of signal rejects with its reason.
+   * @param {string} service
+   * @param {Message} [message]
+   * @param {number|null} [timeout]
+   * @param {{signal?: AbortSignal}} [options]
+   * @returns {Promise<any>} a Frame or an array of them
    */
   async send(service, message, timeout, { signal } = {}) {
     timeout = millisecondsOf(timeout);
@@ -432,6 +448,11 @@ function collect() {
  * block, because another thread sends the heartbeats.
  */
 class BackboneService {
+  /**
+   * @param {string} service
+   * @param {(message: any[], reply: (message?: Message) => void) => any} on_request
+   * @param {Options & {log?: (text: string) => void}} [options]
+   */
   constructor(service, on_request, { host, port, broker, encoding = 'utf8', log } = {}) {
     this.service = service;
     this.on_request = on_request;
@@ -621,6 +642,14 @@ class Session {
 
 /** Serves a command. Runs it with its options, followed by the frames of the request, as arguments. */
 class CmdService extends BackboneService {
+  /**
+   * @param {string} service
+   * @param {string} cmd
+   * @param {string|null} [host]
+   * @param {number|string|null} [port]
+   * @param {string[]} [options]
+   * @param {{broker?: string, stdin?: boolean, log?: (text: string) => void}} [flags]
+   */
   constructor(service, cmd, host, port, options = [], { broker, stdin = false, log } = {}) {
     super(service, (message, reply) => this._run(message, reply), { host, port, broker, log, encoding: null });
     this.command = [cmd, ...options];

@@ -34,9 +34,18 @@ import sys
 import threading
 import time
 import weakref
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Union
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
+
+Frame = Union[str, bytes]
+Message = Union[None, Frame, Sequence[Frame]]
+Reply = Any  # a Frame or a list of them; the caller of a service knows which
+OnMessage = Callable[[Any], object]  # gets a Reply or a BackboneError
+OnRequest = Callable[[List[Any], Callable[[Message], None]], object]
+Host = Union[None, str, Dict[str, Any]]
+Port = Union[None, str, int]
 
 CLIENT, WORKER = b'MDPC01', b'MDPW01'
 READY, REQUEST, REPLY, HEARTBEAT, DISCONNECT = b'\1', b'\2', b'\3', b'\4', b'\5'
@@ -53,7 +62,7 @@ class BackboneError(Exception):
     """A request or a service failed. status is the exit status that brequest would have."""
     status = 1
 
-    def __init__(self, message='', status=None):
+    def __init__(self, message: object = '', status: Optional[int] = None) -> None:
         super().__init__(message)
         if status is not None:
             self.status = status
@@ -87,7 +96,7 @@ class ProtocolError(BackboneError):
 class StatusError(BackboneError):
     """The service failed. Raise it in on_request to send this failure to the client."""
 
-    def __init__(self, status, stdout=b'', stderr=b''):
+    def __init__(self, status: int, stdout: Frame = b'', stderr: Frame = b'') -> None:
         self.status, self.stdout, self.stderr = status, stdout, stderr
         super().__init__(_text(stderr).strip() or 'exit status %s' % status)
 
@@ -180,14 +189,14 @@ def _seconds(timeout):
 class BackboneClientMessage:
     """A request and its reply, as the frames that a REQ socket sends and receives."""
 
-    def __init__(self, service, message=None, encoding='utf-8'):
+    def __init__(self, service: Frame, message: Message = None, encoding: Optional[str] = 'utf-8') -> None:
         self.service, self.message, self.encoding = service, message, encoding
-        self.reply = None
+        self.reply: Reply = None
 
-    def serialize(self):
+    def serialize(self) -> List[bytes]:
         return [CLIENT, _bytes(self.service)] + _frames(self.message)
 
-    def parse_reply(self, raw, simplify_short_reply=True):
+    def parse_reply(self, raw: Sequence[bytes], simplify_short_reply: bool = True) -> Reply:
         """Returns the frames of the reply; by default, a single frame without a list.
 
         Raises a StatusError if the reply reports a failure.
@@ -204,7 +213,7 @@ class BackboneClientMessage:
         self.reply = body[0] if simplify_short_reply and len(body) == 1 else body
         return self.reply
 
-    def get_reply(self):
+    def get_reply(self) -> Reply:
         return self.reply
 
     parseReply = parseResponse = parse_response = parse_reply
@@ -253,7 +262,7 @@ class _Turns:
 
 
 _turns = _Turns(MAX_CONNECTIONS)
-_clients = weakref.WeakSet()
+_clients: 'weakref.WeakSet[BackboneClient]' = weakref.WeakSet()
 
 
 class _Connection:
@@ -290,28 +299,29 @@ class BackboneClient:
     of them; more requests wait for their turn.
     """
 
-    def __init__(self, *address, host=None, port=None, broker=None, encoding='utf-8'):
+    def __init__(self, *address: Any, host: Optional[str] = None, port: Port = None, broker: Optional[str] = None,
+                 encoding: Optional[str] = 'utf-8') -> None:
         # (host, port), or (name, host, port) as in a README of Dispatchr Backbone.
         given = ([None, None] + list(address))[-2:] if len(address) > 2 else (list(address) + [None, None])[:2]
         self.host, self.port = given[0] or host, given[1] or port
         self.endpoint = _endpoint(self.host, self.port, broker)
         self.encoding = encoding
-        self._idle = collections.deque()
+        self._idle: Deque[_Connection] = collections.deque()
         with _turns.lock:
             _clients.add(self)
 
-    def get_endpoint(self):
+    def get_endpoint(self) -> str:
         return self.endpoint
 
     getEndpoint = get_endpoint
 
-    def connect(self):
+    def connect(self) -> 'BackboneClient':
         """Starts to connect, and returns at once. This is optional: send connects as well."""
         with _wrap(zmq.ZMQError, self.endpoint):
             self._idle.append(self._open())
         return self
 
-    def disconnect(self):
+    def disconnect(self) -> 'BackboneClient':
         """Closes the connections that no request uses. send opens new ones."""
         for connection in iter(self._take_idle, None):
             connection.close()
@@ -319,13 +329,13 @@ class BackboneClient:
 
     close = disconnect
 
-    def __enter__(self):
+    def __enter__(self) -> 'BackboneClient':
         return self.connect()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.disconnect()
 
-    def _take_idle(self):
+    def _take_idle(self) -> Optional[_Connection]:
         try:
             return self._idle.pop()
         except IndexError:
@@ -349,7 +359,8 @@ class BackboneClient:
             connection.close()
         return self._open()
 
-    def send(self, service, message=None, timeout=None, on_message=None):
+    def send(self, service: Frame, message: Message = None, timeout: Union[None, float, OnMessage] = None,
+             on_message: Optional[OnMessage] = None) -> Reply:
         """Returns the reply of a service. Waits for a broker that is not running yet.
 
         timeout is in seconds; 0 means no timeout.
@@ -441,13 +452,15 @@ def _poller(waits):
 class AsyncBackboneClient(BackboneClient):
     """A BackboneClient for asyncio. Any number of sends may be awaited concurrently."""
 
-    async def __aenter__(self):
-        return self.connect()
+    async def __aenter__(self) -> 'AsyncBackboneClient':
+        self.connect()
+        return self
 
-    async def __aexit__(self, *_):
+    async def __aexit__(self, *_: object) -> None:
         self.disconnect()
 
-    async def send(self, service, message=None, timeout=None):
+    async def send(self, service: Frame, message: Message = None,  # type: ignore[override]
+                   timeout: Optional[float] = None) -> Reply:
         return await self._ask(service, message, timeout)
 
     async def _wait(self, turn, seconds):
@@ -487,26 +500,29 @@ class BackboneService:
     on_request may block, because another thread sends the heartbeats.
     """
 
-    def __init__(self, service, on_request, host=None, port=None, broker=None, encoding='utf-8', log=None):
+    def __init__(self, service: str, on_request: OnRequest, host: Host = None,
+                 port: Port = None, broker: Optional[str] = None, encoding: Optional[str] = 'utf-8',
+                 log: Optional[Callable[[object], object]] = None) -> None:
         if isinstance(host, dict):
-            host, port, broker = host.get('host'), host.get('port'), host.get('broker')
+            options = host
+            host, port, broker = options.get('host'), options.get('port'), options.get('broker')
         self.service, self.on_request, self.encoding = service, on_request, encoding
         self.endpoint = _endpoint(host, port, broker)
         self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
-        self._requests = queue.Queue()
-        self._replies = queue.SimpleQueue()  # reentrant, because the collector may put a reply into it
+        self._requests: Any = queue.Queue()
+        self._replies: Any = queue.SimpleQueue()  # reentrant, because the collector may put a reply into it
         with _wrap(OSError, self.endpoint):
             self._wake_receiver, self._wake_sender = sockets.socketpair()
         self._wake_sender.setblocking(False)
         self._stopping = False
-        self._threads = []
+        self._threads: List[threading.Thread] = []
 
-    def get_endpoint(self):
+    def get_endpoint(self) -> str:
         return self.endpoint
 
     getEndpoint = get_endpoint
 
-    def connect(self):
+    def connect(self) -> 'BackboneService':
         """Serves in background threads. Registers as soon as the broker can be reached."""
         self._stopping = False
         self._launch()
@@ -519,14 +535,14 @@ class BackboneService:
         for thread in self._threads:
             thread.start()
 
-    def start(self):
+    def start(self) -> None:
         """Serves until disconnect is called.
 
         In the main thread, SIGTERM and SIGINT (Ctrl-C) call disconnect, and a second one ends the
         program at once. A signal that is ignored or has a handler of the program is left alone.
         """
         self._stopping = False
-        replaced = []
+        replaced: List[Any] = []
 
         def restore():
             while replaced:
@@ -550,21 +566,21 @@ class BackboneService:
             while thread.is_alive():
                 thread.join(1)  # with a timeout, so that signals are handled
 
-    def disconnect(self):
+    def disconnect(self) -> None:
         """Accepts no more requests, and sends DISCONNECT after the reply to the current one. Returns at once."""
         self._stopping = True
         self._notify()
 
-    def close(self):
+    def close(self) -> None:
         """Disconnects, and waits until on_request has ended, unless it is on_request that calls close."""
         self.disconnect()
         if threading.current_thread() not in self._threads:
             self._join()
 
-    def __enter__(self):
+    def __enter__(self) -> 'BackboneService':
         return self.connect()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _notify(self):
@@ -715,17 +731,18 @@ class IOLoop:
     """Stands in for the event loop of Dispatchr Backbone. Threads run the callbacks; start only waits."""
 
     @classmethod
-    def instance(cls):
+    def instance(cls) -> 'IOLoop':
         return cls()
 
-    def start(self):
+    def start(self) -> None:
         threading.Event().wait()
 
 
 class CmdService(BackboneService):
     """Serves a command. Runs it with its options, followed by the frames of the request, as arguments."""
 
-    def __init__(self, service, cmd, host=None, port=None, options=(), stdin=False, broker=None):
+    def __init__(self, service: str, cmd: Union[str, Sequence[str]], host: Host = None,
+                 port: Port = None, options: Sequence[str] = (), stdin: bool = False, broker: Optional[str] = None) -> None:
         self.command = ([cmd] if isinstance(cmd, str) else list(cmd)) + list(options)
         self.stdin = stdin
         super().__init__(service, self._run, host, port, broker, encoding=None)
