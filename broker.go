@@ -80,12 +80,11 @@ type brokerTool struct {
 // AfterApply takes HOST and PORT as Dispatchr Backbone did, after the word "start".
 func (t *brokerTool) AfterApply() error {
 	where := t.Where
-	switch {
-	case len(where) == 0:
-	case where[0] == "start":
+	if len(where) > 0 && where[0] == "start" {
 		where = where[1:]
-	case slices.Contains([]string{"stop", "restart", "reload", "status"}, where[0]):
-		return fmt.Errorf("cannot %s: SIGTERM stops a broker, and brequest --list tells what it serves", where[0])
+	}
+	if len(where) > 0 && slices.Contains([]string{"stop", "restart", "reload", "status"}, where[0]) {
+		return fmt.Errorf("%q is not a command: send the process SIGTERM to stop it; brequest --list shows what it serves", where[0])
 	}
 	for _, flag := range []*string{&t.Host, &t.Port} {
 		if len(where) > 0 {
@@ -268,7 +267,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			broker.Drain()
 			graceEnd = now.Add(grace)
 			inFlight := broker.inFlight()
-			log.Info("broker stopping", "waits_for", inFlight, "refuses", broker.unfinished-inFlight, "grace", grace)
+			log.Info("broker stopping", "in_flight", inFlight, "refused", broker.unfinished-inFlight, "grace", grace)
 		}
 		deadline := broker.Tick(now)
 		memory.keep(broker.held, queuedForAll())

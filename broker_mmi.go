@@ -214,10 +214,10 @@ func (b *Broker) metrics() []byte {
 		out = fmt.Appendf(out, "backbone_%s%s %s\n", m.name, labels, strconv.FormatFloat(value, 'f', -1, 64))
 	}
 	build := labels(fmt.Sprintf(`version="%s"`, labelValue(buildVersion())), fmt.Sprintf(`libzmq="%s"`, libraryVersion()))
-	gauge(metric{"build_info", "1; the labels are the versions of the broker and of libzmq."}, build, 1)
+	gauge(metric{"build_info", "Always 1; the labels give the versions of the broker and of libzmq."}, build, 1)
 	gauge(metric{"uptime_seconds", "Time since the broker was started."}, "", b.now.Sub(b.begin).Seconds())
 	gauge(metric{"held_bytes", "Bytes of requests and unread replies that the broker holds."}, "", float64(b.held+b.outlet.queued()))
-	gauge(metric{"held_max_bytes", "Bytes that it holds at most: --max-memory."}, "", float64(b.MaxMemory))
+	gauge(metric{"held_max_bytes", "Limit of held bytes (--max-memory)."}, "", float64(b.MaxMemory))
 	number("gauge", metric{"workers", "Workers that are registered."}, func(v sample) uint64 { return uint64(v.workers) })
 	number("gauge", metric{"idle_workers", "Workers without a request."}, func(v sample) uint64 { return uint64(v.idle) })
 	number("gauge", metric{"queue_length", "Requests that wait for a worker."}, func(v sample) uint64 { return uint64(v.waiting) })

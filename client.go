@@ -63,7 +63,7 @@ found; 128+N: signal N ended it), or that of brequest and the broker:
   74        standard input or standard output failed
   75        the broker refuses for now; try again later
   76        the answer is not that of an MDP broker
-  77        not allowed: the permissions of the broker's socket forbid it
+  77        permission denied on the broker's socket
   123       some requests of --each failed
   124       no reply within the timeout
   130, 143  ended by SIGINT or SIGTERM (129, 131: SIGHUP, SIGQUIT); a request that has
@@ -153,8 +153,7 @@ func (t *requestTool) once(endpoint string) error {
 	c := t.console("brequest")
 	client, restore := t.client(endpoint)
 	defer restore()
-	status := newStatusLine(c, 2*time.Second)
-	body, err := t.readBody(client.stop, status)
+	body, err := t.readBody(client.stop, c)
 	if err != nil {
 		return err
 	}
@@ -164,6 +163,7 @@ func (t *requestTool) once(endpoint string) error {
 		c.debugf("%s: status %d; trying again in %v", t.Name, request.status(), pause)
 	}
 	request := &call{service: t.Name, body: body, timeout: t.timeout(), retries: t.Retries}
+	status := newStatusLine(c, patience)
 	report := waitReport{client: client, service: t.Name, begin: time.Now()}
 	err = client.do(request, func() time.Time {
 		if report.changed() {
@@ -191,23 +191,37 @@ func (t *requestTool) once(endpoint string) error {
 	return nil
 }
 
-// readBody returns the frames of the request, and shows that it waits for standard input.
-func (t *requestTool) readBody(stop context.Context, status *statusLine) (body [][]byte, err error) {
-	defer status.hide()
-	begin := time.Now()
+// readBody returns the frames of the request. It tells a person at a terminal that standard input is
+// still being read: once, because the terminal may belong to whoever writes it.
+func (t *requestTool) readBody(stop context.Context, c console) (body [][]byte, err error) {
+	done := make(chan struct{})
 	var read [][]byte
 	var readError error
-	err = status.during(stop, func() { read, readError = t.body(os.Stdin) }, func() string {
-		return fmt.Sprintf("brequest: %s: reading standard input, %v", t.Name, time.Since(begin).Round(time.Second))
-	})
-	if err != nil {
-		return nil, err
+	go func() {
+		defer close(done)
+		read, readError = t.body(os.Stdin)
+	}()
+	var late <-chan time.Time
+	if isWatched(c) && !isatty.IsTerminal(os.Stdin.Fd()) {
+		late = time.After(patience)
 	}
-	return read, readError
+	for {
+		select {
+		case <-done:
+			return read, readError
+		case <-stop.Done():
+			return nil, context.Cause(stop)
+		case <-late:
+			c.infof("%s: reading standard input", t.Name)
+		}
+	}
 }
 
-// maxLines limits what standard input may hold as arguments, in bytes: the ARG_MAX of Linux. No command
-// takes more, and as frames it would need far more memory.
+// patience is how long a person waits before a request tells what it waits for.
+const patience = 2 * time.Second
+
+// maxLines limits what standard input may hold as arguments, in bytes. It is the ARG_MAX of Linux, above
+// which no command can be run, and as frames more input would need far more memory.
 const maxLines = 2 << 20
 
 // body returns the frames of the request: the arguments, or else standard input.
@@ -224,7 +238,7 @@ func (t *requestTool) body(stdin *os.File) ([][]byte, error) {
 	switch {
 	case len(input) > maxLines:
 		return nil, misuse("--each makes a request of each line, and --stdin sends all of it as one argument",
-			"standard input has more than 2 MiB, too much for the arguments of a command")
+			"standard input is longer than 2 MiB, too long for arguments")
 	case err != nil || len(input) == 0:
 		return nil, inputFailure(err)
 	}
@@ -409,7 +423,11 @@ func (c *Client) connectLane(l *lane) error {
 		stop, cancel = context.WithDeadline(stop, l.due)
 		defer cancel()
 	}
-	opened, err := dial(stop, "brequest", c.endpoint)
+	endpoint := c.endpoint
+	if i := slices.IndexFunc(c.lanes, (*lane).connected); i >= 0 {
+		endpoint = c.lanes[i].link.endpoint // whose name need not be looked up again
+	}
+	opened, err := dial(stop, "brequest", endpoint)
 	if err != nil {
 		return err
 	}
@@ -439,9 +457,9 @@ func (l *lane) closeDropped() {
 func (c *Client) Endpoint() string { return c.endpoint }
 
 // connected tells whether the broker is there.
-func (c *Client) connected() bool {
-	return slices.ContainsFunc(c.lanes, func(l *lane) bool { return l.link != nil && l.link.connected })
-}
+func (c *Client) connected() bool { return slices.ContainsFunc(c.lanes, (*lane).connected) }
+
+func (l *lane) connected() bool { return l.link != nil && l.link.connected }
 
 // inFlight returns the number of calls that are not pausing.
 func (c *Client) inFlight() (n int) {
@@ -544,8 +562,11 @@ func (c *Client) step(until time.Time) error {
 	busy := false
 	for _, l := range c.lanes {
 		if l.needsConnection() {
-			if err := c.connectLane(l); err != nil {
+			if err := c.connectLane(l); err != nil && !c.connected() {
 				return err
+			} else if err != nil { // The calls on other lanes can go on.
+				l.refuse(err, time.Now())
+				deadline = time.Now()
 			}
 		}
 		blocked := l.flush()

@@ -200,7 +200,7 @@ func (b *batch) run() error {
 			b.abandon()
 			return err
 		}
-		ended, err := b.client.Await(b.status.show(time.Second/5, b.progress))
+		ended, err := b.client.Await(b.showProgress())
 		for _, c := range ended {
 			b.end(c)
 		}
@@ -370,13 +370,20 @@ func (it *item) subject() string {
 	return text
 }
 
+// showProgress shows the status line while requests are in flight, and returns when it is due again.
+// While there is nothing to do, the terminal may belong to whoever writes standard input.
+func (b *batch) showProgress() (due time.Time) {
+	if len(b.begun) == 0 {
+		b.status.hide()
+		return due
+	}
+	return b.status.show(time.Second/5, b.progress)
+}
+
 // progress returns the text of the status line.
 func (b *batch) progress() string {
 	elapsed := time.Since(b.begin)
 	rate := float64(b.done) / elapsed.Seconds()
-	if b.stdin != nil && len(b.begun) == 0 {
-		return fmt.Sprintf("brequest: %s, reading standard input", b.summary())
-	}
 	text := fmt.Sprintf("brequest: %s, %d in flight, %.0f/s", b.summary(), b.client.inFlight(), rate)
 	if left := int(b.total.Load()) - b.skipped - b.done; left > 0 && rate > 0 {
 		seconds := time.Duration(float64(left) / rate * float64(time.Second))

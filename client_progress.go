@@ -4,7 +4,6 @@ package main
 import "C"
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"os"
@@ -21,8 +20,12 @@ type statusLine struct {
 }
 
 func newStatusLine(c console, after time.Duration) *statusLine {
-	watched := !c.quiet && !c.verbose && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
-	return &statusLine{watched: watched, due: time.Now().Add(after)}
+	return &statusLine{watched: isWatched(c), due: time.Now().Add(after)}
+}
+
+// isWatched tells whether a person at a terminal wants to know what is going on.
+func isWatched(c console) bool {
+	return !c.quiet && !c.verbose && isatty.IsTerminal(os.Stderr.Fd()) && os.Getenv("TERM") != "dumb"
 }
 
 // show shows text if it is due, and returns when it is due again: zero, for never, if nobody
@@ -55,29 +58,6 @@ func (s *statusLine) refresh() {
 func inForeground() bool {
 	group := C.tcgetpgrp(C.int(os.Stderr.Fd()))
 	return group < 0 || group == C.getpgrp() // negative: not the terminal that controls this process
-}
-
-// during does some work in another goroutine, and shows text until it is done. If stop is done before,
-// it returns the cause.
-func (s *statusLine) during(stop context.Context, work func(), text func() string) error {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		work()
-	}()
-	for {
-		var due <-chan time.Time
-		if next := s.show(time.Second, text); !next.IsZero() {
-			due = time.After(time.Until(next))
-		}
-		select {
-		case <-done:
-			return nil
-		case <-stop.Done():
-			return context.Cause(stop)
-		case <-due:
-		}
-	}
 }
 
 // hide erases the line, so that something else can be printed.
@@ -136,7 +116,7 @@ func (w *waitReport) text() string {
 	case w.unserved:
 		what += "; nobody serves it"
 	}
-	if w.lookUp == nil || w.lookUp.ended && w.lookUp.err == nil {
+	if w.client.connected() && (w.lookUp == nil || w.lookUp.ended && w.lookUp.err == nil) {
 		w.lookUp = &call{service: mmiService, body: framesOf([]string{w.service}), timeout: lookUpPatience}
 		w.client.Begin(w.lookUp)
 	}

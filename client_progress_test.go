@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -19,6 +20,16 @@ func awaitAnswer(t *testing.T, client *Client, report *waitReport) {
 	}
 }
 
+// awaitConnection waits until the broker is there.
+func awaitConnection(t *testing.T, client *Client) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !client.connected(); {
+		if _, err := client.Await(deadline); err != nil || time.Now().After(deadline) {
+			t.Fatalf("not connected: %v", err)
+		}
+	}
+}
+
 func TestReportTellsWhetherAnybodyServesTheName(t *testing.T) {
 	endpoint := startBroker(t, 50*time.Millisecond)
 	client := NewClient(context.Background(), endpoint)
@@ -26,14 +37,16 @@ func TestReportTellsWhetherAnybodyServesTheName(t *testing.T) {
 	request := &call{service: "echo"}
 	client.Begin(request)
 	report := waitReport{client: client, service: "echo", begin: time.Now()}
-	if text := report.text(); text != "brequest: echo: waiting for a broker at "+endpoint+", 0s" {
-		t.Errorf("it says %q", text)
+	if text := report.text(); !strings.HasPrefix(text, "brequest: echo: waiting for a broker at "+endpoint) || report.lookUp != nil {
+		t.Errorf("without a broker it says %q", text)
 	}
+	awaitConnection(t, client)
+	report.text()
 	awaitAnswer(t, client, &report)
 	if !report.changed() || report.changed() {
 		t.Error("that nobody serves it is not news once")
 	}
-	if text := report.text(); text != "brequest: echo: waiting for a reply; nobody serves it, 0s" {
+	if text := report.text(); !strings.HasPrefix(text, "brequest: echo: waiting for a reply; nobody serves it, ") {
 		t.Errorf("without a service it says %q", text)
 	}
 
@@ -47,7 +60,7 @@ func TestReportTellsWhetherAnybodyServesTheName(t *testing.T) {
 		awaitAnswer(t, client, &report)
 		report.changed()
 		text := report.text()
-		if text == "brequest: echo: waiting for a reply, 0s" {
+		if strings.HasPrefix(text, "brequest: echo: waiting for a reply, ") {
 			break
 		}
 		if !strings.Contains(text, "nobody serves it") {
@@ -62,20 +75,46 @@ func TestBrokerThatDoesNotTellWhetherAnybodyServesANameIsAskedOnce(t *testing.T)
 	client := NewClient(context.Background(), endpoint)
 	defer client.Disconnect()
 	client.Begin(&call{service: "echo", body: frames("x")})
+	awaitConnection(t, client)
+	report := waitReport{client: client, service: "echo", begin: time.Now()}
+	report.text()
+	asked := report.lookUp
+	awaitAnswer(t, client, &report)
+	broker.want(broker.recv()[3:], "echo", "x")
+	broker.want(broker.recv()[3:], "mmi.service", "echo")
+	report.changed()
+	if text := report.text(); !strings.HasPrefix(text, "brequest: echo: waiting for a reply, ") || report.lookUp != asked {
+		t.Errorf("it says %q, and asked again: %v", text, report.lookUp != asked)
+	}
+}
+
+func TestLookUpThatCannotConnectDoesNotEndTheRequest(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "broker")
+	broker := newPeer(t, zmq.ROUTER)
+	if err := broker.Bind("ipc://" + path); err != nil {
+		t.Fatal(err)
+	}
+	client := NewClient(context.Background(), "ipc://"+path)
+	defer client.Disconnect()
+	request := &call{service: "echo", body: frames("x")}
+	client.Begin(request)
+	awaitConnection(t, client)
+	message := broker.recv()
+	// A connection to this endpoint is an error.
+	client.lanes[0].link.endpoint = "tcp://not an endpoint"
 	report := waitReport{client: client, service: "echo", begin: time.Now()}
 	report.text()
 	awaitAnswer(t, client, &report)
-	for range 3 {
-		report.changed()
-		if text := report.text(); text != "brequest: echo: waiting for a reply, 1s" {
-			t.Errorf("it says %q", text)
+	if report.lookUp.err == nil || request.ended {
+		t.Errorf("the look-up ended with %v, the request %v", report.lookUp.err, request.ended)
+	}
+	broker.send(append(message[:4], "y")...)
+	for !request.ended {
+		if _, err := client.Await(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
 		}
-		client.Await(time.Now())
 	}
-	for _, service := range []string{"echo", "mmi.service"} {
-		broker.want(broker.recv()[3:], service, map[string]string{"echo": "x", "mmi.service": "echo"}[service])
-	}
-	if _, err := broker.RecvMessageBytes(zmq.DONTWAIT); err == nil {
-		t.Error("the broker was asked again")
+	if request.err != nil {
+		t.Error(request.err)
 	}
 }

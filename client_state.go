@@ -276,6 +276,18 @@ func (r *caller) fail(err error, now time.Time) {
 	}
 }
 
+// refuse ends all calls and drops the connection: there will be none.
+func (r *caller) refuse(err error, now time.Time) {
+	calls := slices.Concat(r.waiting, r.pausing)
+	if r.conn != nil {
+		calls = append(r.inFlightInOrder(), calls...)
+	}
+	r.conn, r.waiting, r.pausing = nil, nil, nil
+	for _, c := range calls {
+		r.end(c, Reply{}, err, now)
+	}
+}
+
 // inFlightInOrder returns the calls in flight in the order of begin.
 func (r *caller) inFlightInOrder() []*call {
 	return slices.SortedFunc(maps.Values(r.conn.inFlight), func(a, b *call) int { return cmp.Compare(a.number, b.number) })

@@ -104,7 +104,7 @@ func inputFailure(err error) error {
 }
 
 // keepStdoutClosed makes writes to standard output fail if it was closed when the process started, as
-// it is after >&-.
+// it is after >&-. A closed standard input is empty.
 func keepStdoutClosed() {
 	if C.stdout_was_closed() == 0 {
 		return

@@ -61,6 +61,7 @@ func (f *commonFlags) endpoints() ([]string, error) {
 // isEndpoint tells whether text has endpointForm, as far as that can be told before it is used.
 func isEndpoint(text string) bool {
 	if hostPort, ok := strings.CutPrefix(text, "tcp://"); ok {
+		hostPort = hostPort[strings.LastIndexByte(hostPort, ';')+1:] // ZeroMQ takes a source address before it.
 		host, port, err := net.SplitHostPort(hostPort)
 		return err == nil && host != "" && port != ""
 	}
@@ -191,14 +192,15 @@ func decodeNumber(ctx *kong.DecodeContext, target reflect.Value) error {
 }
 
 // popText returns the next value as it was typed. A negative number is a value: kong itself would
-// take it for a flag.
+// take it for a flag. -0 is one.
 func popText(ctx *kong.DecodeContext) (string, error) {
-	if text, ok := ctx.Scan.Peek().Value.(string); ok && len(text) > 1 && text[0] == '-' && text[1] >= '0' && text[1] <= '9' {
+	text, _ := ctx.Scan.Peek().Value.(string)
+	if _, err := strconv.ParseFloat(text, 64); err == nil && text != "-0" {
 		ctx.Scan.Pop()
 		return text, nil
 	}
 	token, err := ctx.Scan.PopValue("string")
-	text, _ := token.Value.(string)
+	text, _ = token.Value.(string)
 	return text, err
 }
 
@@ -244,11 +246,12 @@ func newParser(t command) *kong.Kong {
 func usageFailure(name string, err error) error {
 	text, hint := err.Error(), name+" --help"
 	if flag, ok := strings.CutPrefix(text, "unknown flag "); ok {
-		flag, _, _ = strings.Cut(flag, ",")
+		flag, _, guessed := strings.Cut(flag, ",")
 		if !strings.HasPrefix(flag, "--") {
 			text = "unknown flag " + flag // without kong's guess, which a single letter makes useless
 		}
 		switch {
+		case guessed && strings.HasPrefix(flag, "--"):
 		case name == "bservice":
 			hint = fmt.Sprintf("flags of COMMAND follow it: bservice NAME COMMAND %s", flag)
 		case name == "brequest":

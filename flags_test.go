@@ -37,6 +37,17 @@ func TestFlagsOverrideTheEnvironmentAndEndpointsOverrideHostAndPort(t *testing.T
 	}
 }
 
+func TestEndpointsOfZeroMQAreTaken(t *testing.T) {
+	for _, endpoint := range []string{
+		"tcp://*:5555", "tcp://eth0:5555", "tcp://[::1]:5555", "tcp://127.0.0.1:*", "tcp://h:0",
+		"tcp://127.0.0.1:0;127.0.0.1:5555", "ipc:///run/b", "ipc://@abstract",
+	} {
+		if !isEndpoint(endpoint) {
+			t.Errorf("%s is refused", endpoint)
+		}
+	}
+}
+
 func TestWrongEndpointsAreWrongUsage(t *testing.T) {
 	for _, flags := range []commonFlags{
 		{Port: "http"}, {Port: "65536"}, {Port: "-1"},

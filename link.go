@@ -20,9 +20,10 @@ import (
 // happened. It belongs to one goroutine.
 type link struct {
 	*socket
-	connected bool // the broker is there
-	broken    bool // it was, and the connection broke
-	source    int  // the descriptor of the connection, or -1
+	endpoint  string // with an address in place of a name
+	connected bool   // the broker is there
+	broken    bool   // it was, and the connection broke
+	source    int    // the descriptor of the connection, or -1
 }
 
 // dial connects a tool to a broker. When ctx is done, it stops looking up the name of the host.
@@ -61,7 +62,7 @@ func dial(ctx context.Context, name, endpoint string, options ...func(*socket) e
 		s.Close()
 		return nil, misuse("an endpoint is "+endpointForm, "connect %s: %w", endpoint, err)
 	}
-	return &link{socket: s, source: -1}, nil
+	return &link{socket: s, endpoint: endpoint, source: -1}, nil
 }
 
 // newIdentity returns an identity that is never used again. It is printable and tells who has

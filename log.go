@@ -122,6 +122,7 @@ type lineWriter struct {
 	log    io.Writer
 	prefix string
 	line   []byte // that has begun
+	broken bool   // the last line was
 }
 
 const maxLogLine = 64 << 10 // bytes; a longer line is broken
@@ -134,8 +135,13 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 			part = part[:end+1]
 		}
 		rest = rest[len(part):]
+		if w.broken && string(part) == "\n" { // the end of that line
+			w.broken = false
+			continue
+		}
 		w.line = append(w.line, part...)
-		if w.line[len(w.line)-1] == '\n' || len(w.line) == maxLogLine {
+		w.broken = len(w.line) == maxLogLine && !bytes.HasSuffix(w.line, []byte("\n"))
+		if w.broken || bytes.HasSuffix(w.line, []byte("\n")) {
 			lines = append(lines, w.takeLine()...)
 		}
 	}

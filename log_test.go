@@ -16,6 +16,7 @@ func TestLinesReachTheLogWholeWithTheirLabel(t *testing.T) {
 		{[]string{"\n\n"}, []string{"7: \n7: \n"}},
 		{[]string{""}, nil},
 		{[]string{strings.Repeat("x", maxLogLine) + "y\n"}, []string{"7: " + strings.Repeat("x", maxLogLine) + "\n7: y\n"}},
+		{[]string{strings.Repeat("x", maxLogLine), "\n\n"}, []string{"7: " + strings.Repeat("x", maxLogLine) + "\n", "7: \n"}},
 	} {
 		var log writes
 		w := lineWriter{log: &log, prefix: "7: "}

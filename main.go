@@ -21,9 +21,9 @@ import (
 const backboneUsage = `Backbone turns any command into a network service and lets a shell script call it.
 
 Usage:
-  backbone APPLET [ARG...]   run an applet; its name may lack the leading b
+  backbone APPLET [ARG...]   run an applet; the leading b may be omitted
   backbone --list            print the names of the applets
-  backbone --install DIR     link the applets into DIR, which it makes; overwrite nothing
+  backbone --install DIR     link the applets into DIR, creating it if needed
   backbone --version
   backbone --help
 

@@ -81,8 +81,9 @@ func (c *CmdService) find() error {
 	f := cannotRun(err)
 	if f.status == exitNotFound {
 		f.hint = "COMMAND is a program in $PATH, or its path"
-		if strings.ContainsAny(path, " \t\n;|&<>") {
-			f.hint = fmt.Sprintf("without the quotes, its words are COMMAND and ARGs; a shell runs it as sh -c %s", shellQuoted(path))
+		word, _, several := strings.Cut(path, " ")
+		if several && len(c.Command) == 1 && !strings.Contains(word, "/") {
+			f.hint = "give the words without quotes, or run a shell: sh -c " + shellQuoted(path)
 		}
 	}
 	return f
@@ -91,6 +92,9 @@ func (c *CmdService) find() error {
 // checkInterpreter returns an error if a file is a script whose interpreter does not exist: to execve(2)
 // the script itself would not exist.
 func checkInterpreter(path string) error {
+	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() {
+		return nil
+	}
 	script, err := os.Open(path)
 	if err != nil {
 		return nil // A program need not be readable.
@@ -101,7 +105,8 @@ func checkInterpreter(path string) error {
 	line, isScript := strings.CutPrefix(string(head[:n]), "#!")
 	line, _, complete := strings.Cut(line, "\n")
 	interpreter := strings.FieldsFunc(line, func(r rune) bool { return r == ' ' || r == '\t' })
-	if !isScript || !complete || len(interpreter) == 0 {
+	complete = complete || n < len(head)
+	if !isScript || !complete || len(interpreter) == 0 || !filepath.IsAbs(interpreter[0]) {
 		return nil
 	}
 	if _, err := os.Stat(interpreter[0]); errors.Is(err, fs.ErrNotExist) {
@@ -243,7 +248,11 @@ func (c *CmdService) label(token string) string {
 func (c *CmdService) start(p *process) error {
 	err := p.Start()
 	if errors.Is(err, fs.ErrNotExist) {
-		err = cmp.Or(checkInterpreter(p.Path), err)
+		path := p.Path
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(c.Cwd, path)
+		}
+		err = cmp.Or(checkInterpreter(path), err)
 	}
 	if err != nil && c.Cwd != "" {
 		err = fmt.Errorf("%w, in %s", err, c.Cwd)
@@ -263,14 +272,13 @@ func (c *CmdService) start(p *process) error {
 	return nil
 }
 
-// limitTime ends the process after --timeout, unless stop is called before. The reason ends in what is
-// known of the process.
-func (c *CmdService) limitTime(p *process, known string) (stop func()) {
+// limitTime ends the process after --timeout, unless stop is called before. The reason ends in the detail.
+func (c *CmdService) limitTime(p *process, detail string) (stop func()) {
 	if c.Timeout == nil || *c.Timeout == 0 {
 		return func() {}
 	}
 	timer := time.AfterFunc(*c.Timeout, func() {
-		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v%s", *c.Timeout, known)})
+		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v%s", *c.Timeout, detail)})
 	})
 	return func() { timer.Stop() }
 }
@@ -398,9 +406,14 @@ type coprocess struct {
 // by itself must not be taken for a reply.
 const quietStart = 100 * time.Millisecond
 
-// noLine says what is most likely wrong with a process that printed no line in time.
-const noLine = " without a line of output; if it buffers its output, run it with stdbuf -oL" +
-	" or a flag such as sed -u, grep --line-buffered, python3 -u or mawk -W interactive"
+// bufferingHint says what is most likely wrong with a process that printed no line in time.
+func (c *coprocess) bufferingHint() string {
+	if c.terminator == 0 {
+		return " without a NUL byte in its output; if it buffers its output, run it with stdbuf -o0"
+	}
+	return " without a line of output; if it buffers its output, run it with stdbuf -oL" +
+		" or a flag such as sed -u, grep --line-buffered, python3 -u or mawk -W interactive"
+}
 
 // Handle writes a line to the process and waits for one.
 func (c *coprocess) Handle(token string, body [][]byte) Reply {
@@ -412,7 +425,7 @@ func (c *coprocess) Handle(token string, body [][]byte) Reply {
 		return *refused
 	}
 	c.running.log.Begin(c.label(token)) // What it printed before is about earlier requests.
-	defer c.limitTime(c.running, noLine)()
+	defer c.limitTime(c.running, c.bufferingHint())()
 	c.output.await()
 	// The process may print while it reads: a long line does not fit into the pipe.
 	go func(stdin io.Writer) { stdin.Write(line) }(c.stdin)
@@ -514,7 +527,7 @@ func (c *coprocess) over() bool {
 // becomesReady waits until the process has printed the lines to skip and was then silent. It returns
 // false if the process is over, as it is when stop is closed before.
 func (c *coprocess) becomesReady(stop <-chan struct{}) bool {
-	unlimited := c.limitTime(c.running, noLine)
+	unlimited := c.limitTime(c.running, " before it printed the lines to skip")
 	select {
 	case <-c.output.skipped:
 	case <-stop:

@@ -370,7 +370,7 @@ func TestLinesToSkipAreAwaitedAtEachStart(t *testing.T) {
 	c = newCoprocess(t, "sh", "-c", "echo one; exec cat")
 	c.skipLines = 2
 	*c.Timeout = 300 * time.Millisecond
-	c.expectReply(t, []string{"x"}, "", "bservice: svc: ended after --timeout 300ms without a line of output; if it buffers its output, run it with stdbuf -oL", "exit status 124")
+	c.expectReply(t, []string{"x"}, "", "bservice: svc: ended after --timeout 300ms before it printed the lines to skip", "exit status 124")
 }
 
 func TestTimeoutOfRequestsDoesNotLimitTheStart(t *testing.T) {

@@ -279,25 +279,29 @@ func TestReplyThatIsDroppedIsLoggedOnce(t *testing.T) {
 		s.failure = errWouldBlock
 		s.Finish(frames("reply"))
 	}
-	for why, events := range map[string][]func(*fakeSession){
-		"the broker sent DISCONNECT":             {disconnect, func(s *fakeSession) { s.Finish(frames("reply")) }},
-		"the broker sent DISCONNECT ":            {unsent, disconnect},
-		"the broker was silent for 5 heartbeats": {unsent, func(s *fakeSession) { s.pass(10) }},
-		"the broker is gone":                     {unsent, func(s *fakeSession) { s.Leave() }},
-		"connection reset by peer": {func(s *fakeSession) {
-			s.failure = syscall.ECONNRESET
-			s.Finish(frames("reply"))
-		}},
+	broken := func(s *fakeSession) {
+		s.failure = syscall.ECONNRESET
+		s.Finish(frames("reply"))
+	}
+	for _, test := range []struct {
+		why    string
+		events []func(*fakeSession)
+	}{
+		{"the broker sent DISCONNECT", []func(*fakeSession){disconnect, func(s *fakeSession) { s.Finish(frames("reply")) }}},
+		{"the broker sent DISCONNECT", []func(*fakeSession){unsent, disconnect}},
+		{"the broker was silent for 5 heartbeats", []func(*fakeSession){unsent, func(s *fakeSession) { s.pass(10) }}},
+		{"the broker is gone", []func(*fakeSession){unsent, func(s *fakeSession) { s.Leave() }}},
+		{"connection reset by peer", []func(*fakeSession){broken}},
 	} {
 		s := newFakeSession(t)
 		var log bytes.Buffer
 		s.log = slog.New(slog.NewTextHandler(&log, nil))
 		s.register()
 		s.from("", "MDPW01", "\x02", "C.7", "", "hello")
-		for _, event := range events {
+		for _, event := range test.events {
 			event(s)
 		}
-		want := fmt.Sprintf("level=ERROR msg=\"reply dropped\" request=C.7 why=%q\n", strings.TrimSpace(why))
+		want := fmt.Sprintf("level=ERROR msg=\"reply dropped\" request=C.7 why=%q\n", test.why)
 		if got := log.String(); !strings.HasSuffix(got, want) || strings.Count(got, "\n") != 1 {
 			t.Errorf("it logged %q, want %q", got, want)
 		}
