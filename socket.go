@@ -438,7 +438,14 @@ func (s *socket) watch(events zmq.Event) error {
 	s.monitor = monitor
 	fd, err := monitor.GetFd()
 	s.monitorFd = C.int(fd)
-	err = errors.Join(err, s.Monitor(address, events), monitor.Connect(address), monitor.SetLinger(0))
+	err = errors.Join(err,
+		// Any number of events may wait. ZeroMQ's I/O thread would wait for ever to add one more, with
+		// the lock that Close needs.
+		monitor.SetRcvhwm(0),
+		monitor.SetLinger(0),
+		s.Monitor(address, events),
+		monitor.Connect(address),
+	)
 	if err == nil {
 		_, _, err = s.event() // The descriptor only signals after a read that found nothing.
 	}

@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -65,6 +68,39 @@ func TestMessagesOfAnyShapePassUnchanged(t *testing.T) {
 				expectFrames(t, back, message)
 			})
 		}
+	}
+}
+
+// Thousands of connections may break while a broker stops, which does not read the events any more.
+func TestConnectionsWhoseEventsNobodyReadsDoNotKeepASocketFromClosing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "socket")
+	router, err := newSocket(zmq.ROUTER)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(router.watch(zmq.EVENT_ACCEPTED|zmq.EVENT_DISCONNECTED), router.Bind("ipc://"+path)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3000 {
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		if _, err := conn.Read(make([]byte, 1)); err != nil { // ZeroMQ greets first.
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		conn.Close()
+	}
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		router.Close()
+	}()
+	select {
+	case <-closed:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the socket did not close")
 	}
 }
 
