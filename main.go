@@ -24,6 +24,8 @@ Usage:
   backbone APPLET [ARG...]   run an applet; the leading b may be omitted
   backbone --list            print the names of the applets
   backbone --install DIR     link the applets into DIR, creating it if needed
+  backbone --keygen FILE     make a secret key in FILE, and print its public key
+  backbone --pubkey <FILE    print the public key of a secret key
   backbone --version
   backbone --help
 
@@ -123,6 +125,14 @@ func backbone(args []string) error {
 			fmt.Fprintln(&names, a.name)
 		}
 		return printOutput(names.String())
+	case len(args) == 2 && args[0] == "--keygen":
+		return keygen(args[1])
+	case len(args) == 1 && args[0] == "--keygen":
+		return misuse("backbone --keygen FILE", "--keygen needs a file")
+	case len(args) == 1 && args[0] == "--pubkey":
+		return pubkey()
+	case len(args) == 2 && args[0] == "--pubkey":
+		return misuse("backbone --pubkey <"+args[1], "--pubkey reads standard input")
 	case len(args) == 2 && args[0] == "--install":
 		return install(args[1])
 	case len(args) == 1 && args[0] == "--install":
