@@ -22,13 +22,14 @@ const brokerUsage = `bbroker passes requests to services, and their replies back
 Usage: bbroker [FLAGS] [start] [HOST] [PORT]
 
 It listens on tcp://127.0.0.1:5555, prints the endpoint once it listens, and runs until
-SIGTERM or SIGINT. Whoever can reach the endpoint can serve and call: open it only to
-hosts that you trust.
+SIGTERM or SIGINT. Without --key, whoever can reach the endpoint can serve and call.
 
   --host HOST            address or interface to listen on, * for all (127.0.0.1)
   -p, --port PORT        port to listen on, 0 for any free one (5555)
   -b, --broker ENDPOINT  listen here instead, tcp://HOST:PORT or ipc:///PATH; may be
                          repeated
+  --key FILE             secret key of the broker: tcp endpoints admit only known keys
+  --authorized FILE      which keys are known, and what each may do
   --heartbeat DURATION   send workers a heartbeat this often (1s)
   --liveness N           give a worker up that has been silent for N heartbeat
                          intervals (5)
@@ -46,8 +47,12 @@ hosts that you trust.
   --version
 
 A duration has a unit, or is in seconds: 500ms, 2.5, 1m. A size is in bytes, or has K, M
-or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT and BACKBONE_BROKER set the
-defaults of their flags. A second signal ends the broker at once.
+or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT, BACKBONE_BROKER, BACKBONE_KEY and
+BACKBONE_AUTHORIZED set the defaults of their flags. A second signal ends the broker.
+
+A line of the file of --authorized is for a key, or * for everybody else; SIGHUP makes
+the broker read it again. The names of services may be patterns:
+  KEY NAME [call=SERVICE,...] [serve=SERVICE,...] [manage | all]
 
 Exit status:
   0      stopped by SIGTERM or SIGINT
@@ -63,7 +68,7 @@ The broker itself answers these names:
 
 Examples:
   $ bbroker &
-  $ bbroker --host 0.0.0.0 --port 6000
+  $ bbroker --host 0.0.0.0 --key broker.key --authorized authorized
   $ bbroker --broker ipc:///run/backbone.sock --broker tcp://127.0.0.1:5555
   $ bbroker --port 0 >endpoint &
   $ brequest -n mmi.services
@@ -74,7 +79,8 @@ type brokerTool struct {
 	brokerFlags
 	MaxMessage size          `default:"256M"`
 	Grace      time.Duration `default:"5s"`
-	Where      []string      `arg:"" optional:""`
+	Authorized string
+	Where      []string `arg:"" optional:""`
 }
 
 // AfterApply takes HOST and PORT as Dispatchr Backbone did, after the word "start".
@@ -105,13 +111,29 @@ func (t *brokerTool) Run() error {
 	if err != nil {
 		return err
 	}
+	for _, endpoint := range endpoints {
+		if endpoint, _, hasKey := strings.Cut(endpoint, "#"); hasKey && strings.HasPrefix(endpoint, "tcp://") {
+			return misuse("leave it out: --key FILE is the key of the broker", "an endpoint to listen on has no #KEY: %s", endpoint)
+		}
+	}
 	stderr := newLogWriter(os.Stderr)
 	defer stderr.Close()
 	log := newLog(stderr, &t.commonFlags)
 
 	// Closing waits up to a second, the linger, for replies and DISCONNECTs to leave.
 	defer zmq.Term()
-	router, bound, err := listen(endpoints, t.MaxMessage)
+	guard, err := t.guard(endpoints, log)
+	if err != nil {
+		return err
+	}
+	stops := stopSignals
+	if guard != nil {
+		// SIGHUP reads the file of --authorized again, as soon as anybody knows that the broker listens.
+		stops = slices.DeleteFunc(slices.Clone(stops), func(s os.Signal) bool { return s == syscall.SIGHUP })
+		defer guard.onHangup()()
+		defer guard.handler.Close()
+	}
+	router, bound, err := listen(endpoints, t.MaxMessage, guard)
 	if err != nil {
 		return err
 	}
@@ -123,13 +145,49 @@ func (t *brokerTool) Run() error {
 	log.Info("broker started", "version", buildVersion(), "endpoints", strings.Join(bound, " "), "max_memory", t.MaxMemory,
 		"max_message", t.MaxMessage, "max_queue", t.MaxQueue, "queue_ttl", t.QueueTTL, "open_files", openFiles())
 
+	if guard == nil {
+		warnOfStrangers(log, bound)
+	}
 	stop, cancel := context.WithCancel(context.Background())
-	defer onSignals(func(os.Signal) { cancel() })()
-	return runBroker(stop, router, t.brokerFlags, t.Grace, log)
+	defer onSignals(stops, func(os.Signal) { cancel() })()
+	return runBroker(stop, router, t.brokerFlags, t.Grace, guard, log)
 }
 
-// listen returns a ROUTER that is bound to the endpoints, and what it is bound to.
-func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
+// guard returns what decides who may connect to TCP endpoints, nil without keys.
+func (t *brokerTool) guard(endpoints []string, log *slog.Logger) (*guard, error) {
+	key, keySource, err := t.key()
+	if err != nil {
+		return nil, err
+	}
+	fileSource, file := setBy("--authorized", t.Authorized, "BACKBONE_AUTHORIZED")
+	isTCP := func(endpoint string) bool { return strings.HasPrefix(endpoint, "tcp://") }
+	switch {
+	case key == nil && file == "":
+		return nil, nil
+	case key == nil:
+		return nil, misuse("backbone --keygen FILE makes a key", "%s needs --key FILE, the secret key of the broker", fileSource)
+	case file == "":
+		return nil, misuse("its lines are "+accessForm, "%s needs --authorized FILE, which says who may connect", keySource)
+	case !slices.ContainsFunc(endpoints, isTCP):
+		return nil, misuse("the permissions of the socket say who may connect", "%s needs a tcp:// endpoint: an ipc endpoint takes no keys", keySource)
+	}
+	return newGuard(key, file, log)
+}
+
+// warnOfStrangers logs a warning if hosts other than this one may reach a broker that takes no keys.
+func warnOfStrangers(log *slog.Logger, bound []string) {
+	for _, endpoint := range bound {
+		host, _, _ := net.SplitHostPort(strings.TrimPrefix(endpoint, "tcp://"))
+		if ip := net.ParseIP(host); ip != nil && !ip.IsLoopback() {
+			log.Warn("whoever can reach this endpoint may call and serve: --key and --authorized limit that", "endpoint", endpoint)
+			return
+		}
+	}
+}
+
+// listen returns a ROUTER that is bound to the endpoints, and what it is bound to. With a guard, which may
+// be nil, TCP endpoints take keys only.
+func listen(endpoints []string, maxMessage size, guard *guard) (*socket, []string, error) {
 	router, err := newSocket(zmq.ROUTER)
 	if err != nil {
 		return nil, nil, err
@@ -153,15 +211,32 @@ func listen(endpoints []string, maxMessage size) (*socket, []string, error) {
 		router.Close()
 		return nil, nil, fmt.Errorf("set up a ZeroMQ socket: %w", err)
 	}
-	var bound []string
-	for _, endpoint := range endpoints {
-		actual, err := bind(router, endpoint)
-		if err != nil {
-			router.Close()
-			removeSockets(bound)
-			return nil, nil, err
+	// An endpoint has the options that were set when it was bound: first those that take no keys.
+	bound := make([]string, len(endpoints))
+	bindAll := func(protocol string) (err error) {
+		for i, endpoint := range endpoints {
+			if err == nil && strings.HasPrefix(endpoint, protocol) {
+				bound[i], err = bind(router, endpoint)
+			}
 		}
-		bound = append(bound, actual)
+		return err
+	}
+	if guard != nil {
+		err = router.admitBy(ipcDomain)
+	}
+	if err == nil {
+		err = bindAll("ipc://")
+	}
+	if err == nil && guard != nil {
+		err = errors.Join(router.admitBy(tcpDomain), router.useCurveServer(guard.key))
+	}
+	if err == nil {
+		err = bindAll("tcp://")
+	}
+	if err != nil {
+		router.Close()
+		removeSockets(bound)
+		return nil, nil, err
 	}
 	return router, bound, nil
 }
@@ -254,15 +329,32 @@ const (
 
 // runBroker is the loop around a Broker: it owns the socket and the clock. When stop is done it drains
 // the broker, for as long as grace at most, and returns nil.
-func runBroker(stop context.Context, router *socket, flags brokerFlags, grace time.Duration, log *slog.Logger) error {
+func runBroker(stop context.Context, router *socket, flags brokerFlags, grace time.Duration, guard *guard, log *slog.Logger) error {
 	waiter := newPollWaiter()
 	defer context.AfterFunc(stop, waiter.Wake)()
 
 	broker := NewBroker(flags, time.Now(), routerOutlet{router}, log)
+	guard.setWake(waiter.Wake)
 	memory := newMemoryKeeper(flags.MaxMemory)
+	sockets := []*socket{router}
+	if guard != nil {
+		sockets = append(sockets, guard.handler)
+	}
 	var graceEnd time.Time // zero until stop is done
 	for {
 		now := time.Now()
+		if guard != nil { // What follows may send to peers.
+			if err := reportConnections(router, broker); err != nil {
+				return err
+			}
+		}
+		if access := guard.access(); access != broker.access {
+			broker.SetAccess(access)
+			log.Info("read who is authorized", "file", guard.file, "keys", len(access.grants)) // and it counts now
+			if len(access.grants) == 0 && access.anybody == nil {
+				log.Warn("nobody is authorized: the file has no line", "file", guard.file)
+			}
+		}
 		if stop.Err() != nil && graceEnd.IsZero() {
 			broker.Drain()
 			graceEnd = now.Add(grace)
@@ -283,7 +375,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			}
 			deadline = earlier(deadline, end)
 		}
-		if err := waiter.Wait(deadline, router); err != nil {
+		if err := waiter.Wait(deadline, sockets...); err != nil {
 			return err
 		}
 		if router.monitored {
@@ -291,20 +383,27 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 				return err
 			}
 		}
+		if guard != nil && guard.handler.readable {
+			if err := admitPeers(router, broker, guard); err != nil {
+				return err
+			}
+		}
 		for begin, now := time.Now(), time.Now(); router.readable && now.Sub(begin) < maxTurn; now = time.Now() {
-			frames, source, err := router.receiveFrom(true)
+			frames, from, err := router.receiveFrom(true)
 			if err != nil {
 				return err
 			}
 			if frames == nil {
 				break
 			}
-			if !broker.Knows(source, frames[0]) {
+			// ZeroMQ lets another peer have an identity only when all messages of the one before were
+			// received. With keys, the broker knows by then that the connection of that one broke.
+			if guard != nil || !broker.Knows(from.source, frames[0]) {
 				if err := reportConnections(router, broker); err != nil {
 					return err
 				}
 			}
-			broker.Receive(frames, source, now)
+			broker.Receive(frames, from, now)
 			memory.passed(sizeOf(frames))
 		}
 	}
@@ -326,7 +425,25 @@ func openFiles() int {
 	return int(limit.Cur)
 }
 
-// reportConnections tells the broker which connections the monitor saw break or fail.
+// admitPeers answers what the guard is asked.
+func admitPeers(router *socket, broker *Broker, guard *guard) error {
+	for begin := time.Now(); time.Since(begin) < maxTurn; {
+		question, err := guard.handler.receive()
+		if err != nil || question == nil {
+			return err
+		}
+		// The connection that is asked about was accepted before, so now it counts.
+		if err := reportConnections(router, broker); err != nil {
+			return err
+		}
+		if err := guard.handler.send(guard.answer(question, broker.accepted)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reportConnections tells the broker which connections the monitor saw begin, break or fail.
 func reportConnections(router *socket, broker *Broker) error {
 	for {
 		event, source, err := router.event()
@@ -334,6 +451,7 @@ func reportConnections(router *socket, broker *Broker) error {
 		case err != nil || event == 0:
 			return err
 		case event == zmq.EVENT_ACCEPTED:
+			broker.Accepted(source)
 			if limit := openFiles(); source >= limit-spareFiles() { // It has the lowest descriptor that was free.
 				syscall.Shutdown(source, syscall.SHUT_RDWR)
 				broker.log.warn("open files", "connections refused", "why", "the limit of open files is near", "limit", limit)

@@ -12,7 +12,7 @@ import (
 )
 
 // manage answers a request to the broker itself: RFC 8 and, beyond it, what mdp.go lists.
-func (b *Broker) manage(name string, client, body [][]byte) []byte {
+func (b *Broker) manage(name string, client, body [][]byte, mine *grant) []byte {
 	switch name {
 	case mmiService:
 		if len(body) != 1 {
@@ -23,11 +23,20 @@ func (b *Broker) manage(name string, client, body [][]byte) []byte {
 	case mmiCancel:
 		return mmiCode(b.cancel(client) > 0)
 	case mmiServices:
-		return b.report(name, b.table)
+		if mine.manage {
+			mine = nil // All who see everything share a report.
+		}
+		return b.report(reportKey{name, mine}, func() []byte { return b.table(mine) })
 	case mmiMetrics:
-		return b.report(name, b.metrics)
+		return b.report(reportKey{name, nil}, b.metrics)
 	}
 	return []byte(mmiNotImplemented)
+}
+
+// A reportKey says what a report is of, and who sees only a part of it; nil is everybody else.
+type reportKey struct {
+	service string
+	reader  *grant
 }
 
 // A report is what a management service replied last.
@@ -38,15 +47,15 @@ type report struct {
 
 // report returns what compose makes. With many services it takes long: then it is made once a second
 // at most, however often it is asked for.
-func (b *Broker) report(name string, compose func() []byte) []byte {
-	last, ok := b.reports[name]
+func (b *Broker) report(key reportKey, compose func() []byte) []byte {
+	last, ok := b.reports[key]
 	if ok && b.now.Before(last.until) {
 		return last.text
 	}
 	last = report{text: compose()}
 	if len(b.services) > freshServices {
 		last.until = b.now.Add(time.Second)
-		b.reports[name] = last
+		b.reports[key] = last
 	}
 	return last.text
 }
@@ -87,6 +96,7 @@ const (
 	abandonedTotal
 	poisonedTotal
 	droppedRepliesTotal
+	unauthorizedTotal
 	requestBytes
 	replyBytes
 )
@@ -103,6 +113,7 @@ var counters = [...]metric{
 	abandonedTotal:      {"abandoned_total", "Requests that were dropped because their client was gone."},
 	poisonedTotal:       {"poisoned_total", "Requests that failed because workers returned them again and again."},
 	droppedRepliesTotal: {"dropped_replies_total", "Replies whose client was gone or did not read."},
+	unauthorizedTotal:   {"unauthorized_total", "Requests and workers that their key does not allow."},
 	requestBytes:        {"request_bytes_total", "Bytes in the bodies of requests."},
 	replyBytes:          {"reply_bytes_total", "Bytes in the bodies of replies that were sent."},
 }
@@ -154,11 +165,14 @@ func (b *Broker) sortedServices() []*brokerService {
 	return slices.SortedFunc(maps.Values(b.services), func(x, y *brokerService) int { return strings.Compare(x.name, y.name) })
 }
 
-// table returns the reply to mmi.services: a header and a line for each service. Names that would
-// break a line are quoted.
-func (b *Broker) table() []byte {
+// table returns the reply to mmi.services: a header and a line for each service, or for each that the
+// reader may call unless that is nil. Names that would break a line are quoted.
+func (b *Broker) table(reader *grant) []byte {
 	out := []byte(servicesHeader)
 	for _, s := range b.sortedServices() {
+		if reader != nil && !reader.mayCall(s.name) {
+			continue
+		}
 		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting,
 			s.workers-s.idle.Len(), s.tally.counts[repliesTotal], s.tally.counts[failuresTotal])
 	}

@@ -15,6 +15,8 @@ type peerQueue interface {
 // the replies. Clients are told apart by their identity.
 type brokerClient struct {
 	identity   string
+	user       string // as in sender
+	replaced   bool   // another user has the identity now
 	queue      peerQueue
 	unfinished int         // requests
 	held       size        // of these requests
@@ -139,11 +141,17 @@ func (b *Broker) dequeue(r *brokerRequest, hadTurn bool) {
 	r.inQueue, r.node, r.inNode = nil, nil, nil
 }
 
-// client returns the client with an identity, a new one if there is none.
-func (b *Broker) client(identity []byte) *brokerClient {
+// client returns the client of a user with an identity, a new one if there is none. If another user had
+// the identity before, nobody awaits the replies to that one any more.
+func (b *Broker) client(identity []byte, user string) *brokerClient {
 	c, ok := b.clients[string(identity)]
+	if ok && c.user != user {
+		b.dropWaiting(c.waiting.all(nil), abandonedTotal)
+		c.replaced, ok = true, false
+		c.queue.close()
+	}
 	if !ok {
-		c = &brokerClient{identity: string(identity), queue: b.outlet.newQueue()}
+		c = &brokerClient{identity: string(identity), user: user, queue: b.outlet.newQueue()}
 		b.clients[c.identity] = c
 	}
 	return c
@@ -176,8 +184,7 @@ func (b *Broker) sweepClients() {
 // returns their number: the client may add frames of its own, and behind a proxy others share its
 // identity.
 func (b *Broker) cancel(address [][]byte) (dropped int) {
-	c := b.client(address[0])
-	node := &c.waiting
+	node := &b.clients[string(address[0])].waiting
 	for _, frame := range address[1:] {
 		node = node.children[string(frame)]
 		if node == nil {

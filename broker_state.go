@@ -24,6 +24,7 @@ type Broker struct {
 	brokerFlags
 	outlet outlet
 	log    *brokerLog
+	access *accessList // nil where no keys are in use
 
 	// debug tells whether the log takes lines for single requests, which cost more than all other
 	// work on a request.
@@ -34,6 +35,8 @@ type Broker struct {
 	workers     map[string]*brokerWorker // by identity
 	clients     map[string]*brokerClient // by identity
 	sources     map[int]string           // identities, by the descriptor of their connection
+	connections map[int]uint64           // numbers of those that are open, by their descriptor
+	accepted    uint64                   // connections so far
 	tokenPrefix string                   // of this run of the broker
 	lastToken   uint64
 	held        size // of all requests that have not ended
@@ -44,7 +47,7 @@ type Broker struct {
 	begin, now, nextHeartbeat, lastRequest time.Time
 
 	total   tally
-	reports map[string]report // of mmi services
+	reports map[reportKey]report // of mmi services
 }
 
 // An outlet is what a broker sends its messages through. The first frame of a message is the identity
@@ -104,6 +107,7 @@ type brokerService struct {
 // A brokerWorker serves one service, one request at a time.
 type brokerWorker struct {
 	identity    string
+	user        string   // as in sender
 	address     [][]byte // the identity as a frame
 	queue       peerQueue
 	source      int    // the descriptor of its connection, or -1
@@ -152,11 +156,12 @@ func NewBroker(flags brokerFlags, now time.Time, out outlet, log *slog.Logger) *
 		workers:       map[string]*brokerWorker{},
 		clients:       map[string]*brokerClient{},
 		sources:       map[int]string{},
+		connections:   map[int]uint64{},
 		tokenPrefix:   fmt.Sprintf("%08x.", rand.Uint32()),
 		begin:         now,
 		now:           now,
 		nextHeartbeat: now,
-		reports:       map[string]report{},
+		reports:       map[reportKey]report{},
 	}
 }
 
@@ -166,16 +171,15 @@ func (b *Broker) Knows(source int, identity []byte) bool {
 	return source < 0 || b.sources[source] == string(identity)
 }
 
-// Receive takes a message as the ROUTER received it, the identity of the peer first. source is the
-// descriptor of the connection, or -1.
-func (b *Broker) Receive(frames [][]byte, source int, now time.Time) {
+// Receive takes a message as the ROUTER received it, the identity of the peer first.
+func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 	if len(frames) == 0 {
 		return
 	}
 	b.now = now
-	peer := frames[0]
-	if !b.Knows(source, peer) {
-		b.sources[source] = string(peer)
+	peer, mine, gone := frames[0], b.grantOf(from.user), b.isGone(from)
+	if !gone && !b.Knows(from.source, peer) {
+		b.sources[from.source] = string(peer)
 	}
 	m, err := Parse(frames[1:])
 	switch {
@@ -187,6 +191,10 @@ func (b *Broker) Receive(frames [][]byte, source int, now time.Time) {
 		err = fmt.Errorf("%v: more than %d frames", m.Kind, maxFrames)
 	}
 	w := b.workers[string(peer)]
+	if w != nil && (w.user != from.user || !mine.mayServe(w.service.name)) {
+		b.revoke(w)
+		w = nil
+	}
 	if w != nil && m.Kind == KindReply && (err == nil || errors.Is(err, errNoClient)) {
 		b.receiveReply(w, m, err == nil)
 		return
@@ -204,11 +212,17 @@ func (b *Broker) Receive(frames [][]byte, source int, now time.Time) {
 	}
 	switch {
 	case m.Kind == KindClient:
-		b.receiveClient(frames[:1+len(m.Address)], m, len(frames) > maxFrames)
+		c := b.client(peer, from.user)
+		c.goneSince = time.Time{}
+		if gone {
+			c.goneSince = now
+		}
+		b.receiveClient(c, frames[:1+len(m.Address)], m, mine, len(frames) > maxFrames)
 	case w != nil:
 		b.receiveWorker(w, m)
+	case gone: // DISCONNECT could go to another peer that has the identity now.
 	case m.Kind == KindReady:
-		b.register(peer, source, m.Service)
+		b.register(peer, from, mine, m.Service)
 	case m.Kind != KindDisconnect:
 		// It registered with an earlier run of this broker, or was given up. DISCONNECT makes it
 		// register anew.
@@ -216,11 +230,13 @@ func (b *Broker) Receive(frames [][]byte, source int, now time.Time) {
 	}
 }
 
-func (b *Broker) receiveClient(address [][]byte, m Message, cutOff bool) {
-	c := b.client(address[0])
-	c.goneSince = time.Time{}
+func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, mine *grant, cutOff bool) {
+	if !mine.mayCall(string(m.Service)) {
+		b.forbid(&brokerRequest{client: c, name: m.Service, address: address}, false)
+		return
+	}
 	if isManagement(string(m.Service)) {
-		b.reply(c, address, m.Service, [][]byte{b.manage(string(m.Service), address, m.Body)})
+		b.reply(c, address, m.Service, [][]byte{b.manage(string(m.Service), address, m.Body, mine)})
 		return
 	}
 	b.lastRequest = b.now
@@ -255,7 +271,7 @@ func (b *Broker) receiveClient(address [][]byte, m Message, cutOff bool) {
 
 // take accepts a request, which ends with end.
 func (b *Broker) take(r *brokerRequest) {
-	r.token = b.nextToken()
+	r.token = b.nextToken(b.grantOf(r.client.user).name)
 	b.unfinished++
 	b.held += r.cost
 	r.client.unfinished++
@@ -291,7 +307,11 @@ func (b *Broker) receiveReply(w *brokerWorker, m Message, delimited bool) {
 		b.log.Debug("request done", "request", string(r.token), "service", logged(w.service.name), "took", b.now.Sub(r.started))
 	}
 	b.end(r)
-	b.deliver(r, body)
+	if b.grantOf(r.client.user).mayCall(string(r.name)) {
+		b.deliver(r, body)
+	} else {
+		b.forbid(r, true)
+	}
 	b.makeIdle(w)
 	b.dispatch(w.service)
 }
@@ -317,12 +337,21 @@ func (b *Broker) receiveWorker(w *brokerWorker, m Message) {
 	b.dispatch(w.service)
 }
 
-func (b *Broker) register(identity []byte, source int, name []byte) {
-	w := &brokerWorker{identity: string(identity), address: [][]byte{bytes.Clone(identity)}, source: source,
+func (b *Broker) register(identity []byte, from sender, mine *grant, name []byte) {
+	w := &brokerWorker{identity: string(identity), user: from.user, address: [][]byte{bytes.Clone(identity)}, source: from.source,
 		beatsWhileBusy: bytes.HasPrefix(identity, []byte(workerPrefix))}
 	if isManagement(string(name)) {
 		b.log.warn("peer "+w.identity, "worker refused", "worker", logged(w.identity), "service", logged(string(name)), "why", "the name is the broker's own")
 		b.sendTo(w.address, nil, Message{Kind: KindDisconnect})
+		return
+	}
+	if !mine.mayServe(string(name)) {
+		b.unauthorized(from.user, mine, "serve", string(name))
+		m := Message{Kind: KindDisconnect}
+		if w.beatsWhileBusy { // A worker of others may not understand more.
+			m.Body = [][]byte{[]byte(notAllowed), fmt.Appendf(nil, "%s may not serve %s", mine.holder(), name)}
+		}
+		b.sendTo(w.address, nil, m)
 		return
 	}
 	b.log.event(slog.LevelInfo, "worker came", "worker", logged(w.identity), "service", logged(string(name)))
@@ -358,6 +387,11 @@ func (b *Broker) assign(r *brokerRequest) bool {
 	s := r.service
 	for s.idle.Len() > 0 {
 		w := s.idle.Front().Value.(*brokerWorker)
+		if b.access != nil && w.gone {
+			// ZeroMQ goes by its identity, which others can claim now.
+			b.loseWorker(w, errors.New("its connection broke"))
+			continue
+		}
 		err := b.sendTo(w.address, w.queue, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.loseWorker(w, err)
@@ -390,9 +424,23 @@ func (b *Broker) dispatch(s *brokerService) {
 	}
 }
 
+// Accepted is called when a peer has connected.
+func (b *Broker) Accepted(source int) {
+	b.accepted++
+	b.connections[source] = b.accepted
+}
+
+// isGone tells whether a message came over a connection that broke before it was received. Its descriptor
+// may belong to a newer connection by now. It only tells where keys are in use.
+func (b *Broker) isGone(from sender) bool {
+	number, open := b.connections[from.source]
+	return b.access != nil && (!open || number > from.admitted)
+}
+
 // Disconnected is called when a connection of a peer broke.
 func (b *Broker) Disconnected(source int, now time.Time) {
 	b.now = now
+	delete(b.connections, source)
 	identity, ok := b.sources[source]
 	if !ok {
 		return
@@ -499,7 +547,7 @@ func (b *Broker) loseWorker(w *brokerWorker, why error) {
 	b.count(w.service, lostWorkersTotal, 1)
 	switch {
 	case r == nil:
-	case r.redelivered < b.Redeliver && !b.draining:
+	case r.redelivered < b.Redeliver && !b.draining && b.mayBegin(r):
 		r.redelivered++
 		b.count(r.service, redeliveredTotal, 1)
 		b.enqueue(r, true)
@@ -516,6 +564,12 @@ func (b *Broker) takeBack(r *brokerRequest) {
 	case b.draining:
 		b.end(r)
 		b.refuse(r, shuttingDown)
+	case r.client.replaced:
+		b.end(r)
+		b.count(r.service, abandonedTotal, 1)
+	case !b.mayBegin(r):
+		b.end(r)
+		b.forbid(r, false)
 	case r.returned >= maxReturns:
 		b.count(r.service, poisonedTotal, 1)
 		b.fail(r, exitUnavailable, fmt.Sprintf("%d workers returned the request", maxReturns))
@@ -580,8 +634,15 @@ func (b *Broker) end(r *brokerRequest) {
 
 var errNotReading = errors.New("the client does not read its replies")
 
-// reply sends a reply, unless the client has too many that it has not read.
+// errReplaced means that somebody else may have the identity of the client now.
+var errReplaced = errors.New("the connection of the client is gone")
+
+// reply sends a reply, unless the client has too many that it has not read. ZeroMQ goes by the identity
+// of a client, which others can claim once it is gone: a reply to a key is for that connection only.
 func (b *Broker) reply(c *brokerClient, address [][]byte, service []byte, body [][]byte) error {
+	if c.replaced || b.access != nil && !c.goneSince.IsZero() {
+		return errReplaced
+	}
 	cost := costOf(address) + size(len(service)) + costOf(body)
 	queued := c.queue.size()
 	if queued+cost > b.MaxMemory/clientShare || b.held+b.outlet.queued()+cost > b.MaxMemory {
@@ -652,7 +713,12 @@ func (b *Broker) Stop() {
 
 // nextToken returns the token of a new request. Tokens are printable, and differ from each other
 // and, with high probability, from those of other runs of the broker.
-func (b *Broker) nextToken() []byte {
+// The name of the caller, if it is known, follows behind an @.
+func (b *Broker) nextToken(caller string) []byte {
 	b.lastToken++
-	return strconv.AppendUint([]byte(b.tokenPrefix), b.lastToken, 10)
+	token := strconv.AppendUint([]byte(b.tokenPrefix), b.lastToken, 10)
+	if caller != "" {
+		token = append(append(token, '@'), caller...)
+	}
+	return token
 }

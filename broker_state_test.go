@@ -253,7 +253,7 @@ func TestWorkerThatCanSendWhileBusyMustGoOn(t *testing.T) {
 
 func TestBytesThatArriveAreASignOfLife(t *testing.T) {
 	r := newFakeRouter(t)
-	r.Receive(frames("bservice.1", "", "MDPW01", "\x01", "echo"), 7, r.clock)
+	r.Receive(frames("bservice.1", "", "MDPW01", "\x01", "echo"), sender{source: 7}, r.clock)
 	r.from("C", "", "MDPC01", "echo")
 	for range 20 { // A long reply is on its way.
 		r.pass(1)
@@ -485,13 +485,13 @@ func TestClientsOfAServiceAreServedInTurnEachInItsOrder(t *testing.T) {
 
 func TestWaitingRequestsOfAClientThatIsGoneAreDropped(t *testing.T) {
 	r := newFakeRouter(t)
-	r.Receive(frames("gone", "", "MDPC01", "echo", "gone"), 7, r.clock)
-	r.Receive(frames("back", "", "MDPC01", "echo", "back"), 8, r.clock)
-	r.Receive(frames("there", "", "MDPC01", "echo", "there"), 9, r.clock)
+	r.Receive(frames("gone", "", "MDPC01", "echo", "gone"), sender{source: 7}, r.clock)
+	r.Receive(frames("back", "", "MDPC01", "echo", "back"), sender{source: 8}, r.clock)
+	r.Receive(frames("there", "", "MDPC01", "echo", "there"), sender{source: 9}, r.clock)
 	r.Disconnected(7, r.clock)
 	r.Disconnected(8, r.clock)
 	r.pass(4)
-	r.Receive(frames("back", "", "MDPC01", "mmi.service", "echo"), 10, r.clock) // over a new connection
+	r.Receive(frames("back", "", "MDPC01", "mmi.service", "echo"), sender{source: 10}, r.clock) // over a new connection
 	r.sent = nil
 	r.pass(1)
 	r.from("W", "", "MDPW01", "\x01", "echo")
@@ -505,7 +505,7 @@ func TestWaitingRequestsOfAClientThatIsGoneAreDropped(t *testing.T) {
 
 func TestWorkerWhoseConnectionBrokeIsLostAtTheNextHeartbeat(t *testing.T) {
 	r := newFakeRouter(t)
-	r.Receive(frames("W", "", "MDPW01", "\x01", "echo"), 7, r.clock)
+	r.Receive(frames("W", "", "MDPW01", "\x01", "echo"), sender{source: 7}, r.clock)
 	r.from("C", "", "MDPC01", "echo")
 	r.sent = nil
 	r.failed["W"] = errGone
@@ -517,7 +517,7 @@ func TestWorkerWhoseConnectionBrokeIsLostAtTheNextHeartbeat(t *testing.T) {
 func TestLastMessagesOfAWorkerThatIsGoneCount(t *testing.T) {
 	for _, last := range []string{"reply", "DISCONNECT"} {
 		r := newFakeRouter(t)
-		r.Receive(frames("W", "", "MDPW01", "\x01", "echo"), 7, r.clock)
+		r.Receive(frames("W", "", "MDPW01", "\x01", "echo"), sender{source: 7}, r.clock)
 		r.from("C", "", "MDPC01", "echo", "x")
 		token := r.expect(toWorker("W", "*", "x"))[0]
 		r.failed["W"] = errGone
@@ -536,12 +536,12 @@ func TestLastMessagesOfAWorkerThatIsGoneCount(t *testing.T) {
 
 func TestDescriptorThatIsUsedAgainIsNotTakenForTheOldConnection(t *testing.T) {
 	r := newFakeRouter(t)
-	r.Receive(frames("A", "", "MDPC01", "echo"), 7, r.clock)
+	r.Receive(frames("A", "", "MDPC01", "echo"), sender{source: 7}, r.clock)
 	if !r.Knows(7, []byte("A")) || r.Knows(7, []byte("B")) {
 		t.Error("the broker does not know whose connection 7 is")
 	}
 	r.Disconnected(7, r.clock)
-	r.Receive(frames("B", "", "MDPC01", "echo", "b"), 7, r.clock)
+	r.Receive(frames("B", "", "MDPC01", "echo", "b"), sender{source: 7}, r.clock)
 	r.pass(6)
 	r.from("W", "", "MDPW01", "\x01", "echo")
 	r.expect(toWorker("W", "*", "b"))
@@ -656,13 +656,13 @@ func TestOnlySoManyNamesWaitForAService(t *testing.T) {
 func TestRequestOfTooManyFramesIsRefused(t *testing.T) {
 	r := newFakeRouter(t)
 	message := append(frames("C", "", "MDPC01", "echo"), make([][]byte, maxFrames)...)
-	r.Receive(message[:maxFrames+1], -1, r.clock)
+	r.Receive(message[:maxFrames+1], sender{source: -1}, r.clock)
 	r.expect([]string{"C", "", "MDPC01", "echo", "", "bbroker: echo: the request has more than 262144 arguments\n", "exit status 064"})
 	r.from("W", "", "MDPW01", "\x01", "echo")
 	r.from("C", "", "MDPC01", "echo")
 	token := r.expect(toWorker("W", "*"))[0]
 	message = append(frames("W", "", "MDPW01", "\x03", token, ""), make([][]byte, maxFrames)...)
-	r.Receive(message[:maxFrames+1], -1, r.clock)
+	r.Receive(message[:maxFrames+1], sender{source: -1}, r.clock)
 	r.expect(disconnectTo("W"), []string{"C", "", "MDPC01", "echo", "", "*", "exit status 069"})
 }
 
@@ -802,7 +802,7 @@ func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 		r.from("other", "", "MDPX01", "echo")
 		r.from("proxy", "deep", "", "MDPW01", "\x01", "echo")
 	}
-	r.Receive(nil, -1, r.clock)
+	r.Receive(nil, sender{source: -1}, r.clock)
 	r.expect()
 	r.expectLog(1, "bad message", "peer=stranger")
 	r.expectLog(1, "bad message", "peer=other", "no MDPC01 or MDPW01")
@@ -945,7 +945,7 @@ func (b *brokerWorld) step(what, who byte) {
 		if !b.Knows(source, []byte(client)) {
 			b.Disconnected(source, b.clock)
 		}
-		b.Receive(frames(client, fmt.Sprint("#", b.count), "", "MDPC01", service, strings.Repeat("x", int(who))), source, b.clock)
+		b.Receive(frames(client, fmt.Sprint("#", b.count), "", "MDPC01", service, strings.Repeat("x", int(who))), sender{source: source}, b.clock)
 	case 2, 11:
 		b.from(worker, "", "MDPW01", "\x03", b.held[worker], "", "done")
 	case 3:
@@ -1100,21 +1100,21 @@ func BenchmarkDispatch(b *testing.B) {
 				return nil
 			}), noLog)
 			for i := range load.services - 1 {
-				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), -1, now)
+				broker.Receive(frames(fmt.Sprint("V", i), "", "MDPW01", "\x01", fmt.Sprint("other", i)), sender{source: -1}, now)
 			}
 			for i := range load.workers {
-				broker.Receive(frames(fmt.Sprint("W", i), "", "MDPW01", "\x01", "echo"), -1, now)
+				broker.Receive(frames(fmt.Sprint("W", i), "", "MDPW01", "\x01", "echo"), sender{source: -1}, now)
 			}
 			for i := range load.waiting {
-				broker.Receive(frames(fmt.Sprint("C", i), "", "MDPC01", "later", "hello"), -1, now)
+				broker.Receive(frames(fmt.Sprint("C", i), "", "MDPC01", "later", "hello"), sender{source: -1}, now)
 			}
 			request := frames("C", "", "MDPC01", "echo", "hello")
 			reply := frames("", "", "MDPW01", "\x03", "", "", "hello")
 			b.ReportAllocs()
 			for b.Loop() {
-				broker.Receive(request, -1, now)
+				broker.Receive(request, sender{source: -1}, now)
 				reply[0], reply[4] = worker, token
-				broker.Receive(reply, -1, now)
+				broker.Receive(reply, sender{source: -1}, now)
 			}
 			if replies := broker.total.counts[repliesTotal]; replies != uint64(b.N) {
 				b.Fatalf("%d replies to %d requests", replies, b.N)

@@ -53,7 +53,7 @@ func TestFloodIsReadToItsEnd(t *testing.T) {
 
 func TestBrokerListensOnSeveralEndpoints(t *testing.T) {
 	ipc := "ipc://" + filepath.Join(t.TempDir(), "b")
-	router, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"}, 1<<20)
+	router, bound, err := listen([]string{ipc, "tcp://127.0.0.1:0"}, 1<<20, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func TestBrokerListensOnSeveralEndpoints(t *testing.T) {
 // the I/O thread of ZeroMQ.
 func BenchmarkHeartbeats(b *testing.B) {
 	const workers = 10_000
-	router, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
+	router, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20, nil)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -94,7 +94,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 				waiter.Wait(end, router)
 				continue
 			}
-			broker.Receive(message, -1, time.Now())
+			broker.Receive(message, sender{source: -1}, time.Now())
 			i++
 		}
 	}

@@ -35,7 +35,9 @@ and -- before an ARG that looks like a flag.
       --list              print the services of the broker
       --host HOST         host of the broker (127.0.0.1)
   -p, --port PORT         port of the broker (5555)
-  -b, --broker ENDPOINT   use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -b, --broker ENDPOINT   use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+      --broker-key KEY    public key of the broker, for one that takes keys
+      --key FILE          your secret key; the broker must know its public key
   -q, --quiet             print errors only
   -v, --verbose           print a message for each request and reply
   -h, --help
@@ -49,8 +51,8 @@ and -- before an ARG that looks like a flag.
       --joblog FILE       write a line to FILE for each request that ended
       --resume            skip the lines that FILE shows as done with status 0
 
-A duration has a unit, or is in seconds: 500ms, 2.5, 1m. BACKBONE_HOST, BACKBONE_PORT
-and BACKBONE_BROKER set the defaults of their flags.
+A duration has a unit, or is in seconds: 500ms, 2.5, 1m. BACKBONE_HOST, BACKBONE_PORT,
+BACKBONE_BROKER, BACKBONE_KEY and BACKBONE_BROKER_KEY set the defaults of their flags.
 
 What the service's command prints goes to standard output, byte for byte, and its error
 messages to standard error. A reply of several frames is printed with one on each line.
@@ -63,7 +65,7 @@ found; 128+N: signal N ended it), or that of brequest and the broker:
   74        standard input or standard output failed
   75        the broker refuses for now; try again later
   76        the answer is not that of an MDP broker
-  77        permission denied on the broker's socket
+  77        not allowed: the key, or the permissions of the broker's socket, forbid it
   123       some requests of --each failed
   124       no reply within the timeout
   130, 143  ended by SIGINT or SIGTERM (129, 131: SIGHUP, SIGQUIT); a request that has
@@ -78,7 +80,7 @@ Examples:
 `
 
 type requestTool struct {
-	commonFlags
+	clientFlags
 	Timeout  *time.Duration `short:"t"`
 	NoInput  bool           `short:"n" xor:"input"`
 	Null     bool           `short:"0"`
@@ -92,7 +94,7 @@ type requestTool struct {
 }
 
 func (t *requestTool) Run() error {
-	endpoint, err := t.endpoint()
+	address, err := t.address()
 	if err != nil {
 		return err
 	}
@@ -100,17 +102,17 @@ func (t *requestTool) Run() error {
 		return err
 	}
 	if t.NoWait {
-		if err := t.requireService(endpoint); err != nil {
+		if err := t.requireService(address); err != nil {
 			return err
 		}
 	}
 	switch {
 	case t.List:
-		return t.list(endpoint)
+		return t.list(address)
 	case t.Each:
-		return t.each(endpoint)
+		return t.each(address)
 	}
-	return t.once(endpoint)
+	return t.once(address)
 }
 
 // defaultTimeout is the default of --timeout, but for the requests of a batch: they may wait behind
@@ -142,22 +144,24 @@ func (t *requestTool) check() error {
 
 // client returns a Client whose waiting ends with a signal, so that it can take back what it
 // asked for. A second signal, or one after restore, ends the process at once.
-func (t *requestTool) client(endpoint string) (client *Client, restore func()) {
+func (t *requestTool) client(address brokerAddress) (client *Client, restore func()) {
 	stop, interrupt := context.WithCancelCause(context.Background())
-	restore = onSignals(func(s os.Signal) { interrupt(signalled(s)) })
-	return NewClient(stop, endpoint), restore
+	restore = onSignals(stopSignals, func(s os.Signal) { interrupt(signalled(s)) })
+	client = NewClient(stop, address.endpoint)
+	client.keys = address.keys
+	return client, restore
 }
 
 // once makes a single request.
-func (t *requestTool) once(endpoint string) error {
+func (t *requestTool) once(address brokerAddress) error {
 	c := t.console("brequest")
-	client, restore := t.client(endpoint)
+	client, restore := t.client(address)
 	defer restore()
 	body, err := t.readBody(client.stop, c)
 	if err != nil {
 		return err
 	}
-	c.debugf("%s: sending %d frames to %s", t.Name, len(body), endpoint)
+	c.debugf("%s: sending %d frames to %s", t.Name, len(body), address.endpoint)
 
 	client.retrying = func(request *call, pause time.Duration) {
 		c.debugf("%s: status %d; trying again in %v", t.Name, request.status(), pause)
@@ -185,10 +189,19 @@ func (t *requestTool) once(endpoint string) error {
 		return err
 	}
 	os.Stderr.Write(reply.Stderr)
-	if reply.Status != 0 {
-		return &failure{status: reply.Status}
+	return failureIn(reply)
+}
+
+// failureIn returns the failure that a reply reports, or nil. What its error messages say is printed
+// already.
+func failureIn(reply Reply) error {
+	switch {
+	case reply.Status == 0:
+		return nil
+	case reply.FromBroker && reply.Status == exitNotAllowed:
+		return &failure{status: reply.Status, hint: mayCallHint}
 	}
-	return nil
+	return &failure{status: reply.Status}
 }
 
 // readBody returns the frames of the request. It tells a person at a terminal that standard input is
@@ -318,8 +331,8 @@ func (t *requestTool) serveHint() string {
 }
 
 // requireService fails if nobody serves the name, as far as the broker can tell.
-func (t *requestTool) requireService(endpoint string) error {
-	client, restore := t.client(endpoint)
+func (t *requestTool) requireService(address brokerAddress) error {
+	client, restore := t.client(address)
 	defer restore()
 	defer client.Disconnect()
 	code, err := t.lookUpService(client)
@@ -333,20 +346,23 @@ func (t *requestTool) requireService(endpoint string) error {
 }
 
 // list prints the table of services as the broker sends it, or in columns for a person.
-func (t *requestTool) list(endpoint string) error {
-	client, restore := t.client(endpoint)
+func (t *requestTool) list(address brokerAddress) error {
+	client, restore := t.client(address)
 	defer restore()
 	defer client.Disconnect()
 	reply, err := client.Send(mmiServices, emptyBody, min(t.timeout(), 5*time.Second))
 	switch {
 	case err != nil && !errors.Is(err, errTimeout):
 		return err
+	case reply.FromBroker: // It may not be allowed.
+		os.Stderr.Write(reply.Stderr)
+		return failureIn(reply)
 	case err != nil, len(reply.Output) != 1, string(reply.Output[0]) == mmiNotImplemented:
 		status := exitUnavailable
 		if err != nil {
 			status = exitTimeout
 		}
-		return &failure{status: status, err: fmt.Errorf("the broker at %s does not list its services", endpoint),
+		return &failure{status: status, err: fmt.Errorf("the broker at %s does not list its services", address.endpoint),
 			hint: "bbroker does; other brokers may not know " + mmiServices}
 	case !isatty.IsTerminal(os.Stdout.Fd()):
 		return outputFailure(t.print(os.Stdout, reply.Output))
@@ -361,6 +377,7 @@ func (t *requestTool) list(endpoint string) error {
 // one goroutine.
 type Client struct {
 	endpoint string
+	keys     *linkKeys // nil for none
 	stop     context.Context
 	waiter   *pollWaiter
 	retrying func(c *call, pause time.Duration) // told of each retry; may be nil
@@ -423,11 +440,11 @@ func (c *Client) connectLane(l *lane) error {
 		stop, cancel = context.WithDeadline(stop, l.due)
 		defer cancel()
 	}
-	endpoint := c.endpoint
+	address := brokerAddress{c.endpoint, c.keys}
 	if i := slices.IndexFunc(c.lanes, (*lane).connected); i >= 0 {
-		endpoint = c.lanes[i].link.endpoint // whose name need not be looked up again
+		address = c.lanes[i].link.address // whose name need not be looked up again
 	}
-	opened, err := dial(stop, "brequest", endpoint)
+	opened, err := dial(stop, "brequest", address)
 	if err != nil {
 		return err
 	}
@@ -646,6 +663,9 @@ func (l *lane) update() error {
 	err := l.link.update()
 	if l.link.connected {
 		l.setConnected()
+	}
+	if l.link.refused != nil {
+		l.refuse(fmt.Errorf("%w: %s", l.link.refused, l.endpoint), time.Now())
 	}
 	return err
 }

@@ -101,7 +101,7 @@ func TestLookUpThatCannotConnectDoesNotEndTheRequest(t *testing.T) {
 	awaitConnection(t, client)
 	message := broker.recv()
 	// A connection to this endpoint is an error.
-	client.lanes[0].link.endpoint = "tcp://not an endpoint"
+	client.lanes[0].link.address.endpoint = "tcp://not an endpoint"
 	report := waitReport{client: client, service: "echo", begin: time.Now()}
 	report.text()
 	awaitAnswer(t, client, &report)

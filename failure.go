@@ -179,13 +179,16 @@ func backoff(failures int) time.Duration {
 // signal a process and then its group.
 const sameSignal = 300 * time.Millisecond
 
+// stopSignals ask a tool to stop, besides SIGTERM.
+var stopSignals = []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP}
+
 // onSignals calls the steps one after the other, one for each signal that asks the tool to stop:
-// SIGTERM and, unless they were ignored at the start, SIGINT, SIGHUP and SIGQUIT. Shells ignore SIGINT
+// SIGTERM and those of others that were not ignored at the start. Shells ignore SIGINT
 // for commands that a script starts with &, and nohup(1) ignores SIGHUP. Signals after the last step,
 // or after restore, end the process at once.
-func onSignals(steps ...func(os.Signal)) (restore func()) {
+func onSignals(others []os.Signal, steps ...func(os.Signal)) (restore func()) {
 	wanted := []os.Signal{syscall.SIGTERM}
-	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT} {
+	for _, s := range others {
 		if !signal.Ignored(s) {
 			wanted = append(wanted, s)
 		}

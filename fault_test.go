@@ -100,7 +100,7 @@ func TestRequestThatAStoppedIdleWorkerWasGivenFailsAndNeverRuns(t *testing.T) {
 		t.Errorf("status %d, want 69", got)
 	}
 	victim.signal(syscall.SIGCONT)
-	victim.waitForLines(1, "service ready")
+	victim.waitForLines(1, "service connected")
 	s.expect("record", []string{"mine"}, "mine")
 	if runs := s.runs("runs"); !slices.Equal(runs, []string{"mine"}) {
 		t.Errorf("the runs are %q", runs)

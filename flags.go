@@ -26,6 +26,7 @@ type commonFlags struct {
 	Host   string
 	Port   string   `short:"p"`
 	Broker []string `short:"b" sep:"none"`
+	Key    string
 }
 
 const (
@@ -48,6 +49,7 @@ func (f *commonFlags) endpoints() ([]string, error) {
 	}
 	for _, endpoint := range endpoints {
 		if !isEndpoint(endpoint) {
+			endpoint, _, _ = strings.Cut(endpoint, "#") // What follows may be a secret key, by mistake.
 			return nil, misuse("--broker tcp://localhost:5555", "%s must be %s, not %q", source, endpointForm, endpoint)
 		}
 	}
@@ -61,6 +63,7 @@ func (f *commonFlags) endpoints() ([]string, error) {
 // isEndpoint tells whether text has endpointForm, as far as that can be told before it is used.
 func isEndpoint(text string) bool {
 	if hostPort, ok := strings.CutPrefix(text, "tcp://"); ok {
+		hostPort, _, _ = strings.Cut(hostPort, "#")
 		hostPort = hostPort[strings.LastIndexByte(hostPort, ';')+1:] // ZeroMQ takes a source address before it.
 		host, port, err := net.SplitHostPort(hostPort)
 		return err == nil && host != "" && port != ""
@@ -84,16 +87,80 @@ func (f *commonFlags) hostAndPort() (string, error) {
 	return "tcp://" + host + ":" + port, nil
 }
 
-// endpoint returns the endpoint of the one broker of a service or a request.
-func (f *commonFlags) endpoint() (string, error) {
+// key returns the secret key of --key or BACKBONE_KEY, nil if there is none, and the name of the one that
+// is set.
+func (f *commonFlags) key() (key *secretKey, source string, err error) {
+	source, file := setBy("--key", f.Key, "BACKBONE_KEY")
+	if file == "" {
+		return nil, source, nil
+	}
+	key, err = readSecretKey(file, source)
+	return key, source, err
+}
+
+// setBy returns the value of a flag, or else of an environment variable, and the name of the one that it
+// has.
+func setBy(flag, value, variable string) (source, text string) {
+	if value != "" {
+		return flag, value
+	}
+	return variable, os.Getenv(variable)
+}
+
+// clientFlags are those of services and requests.
+type clientFlags struct {
+	commonFlags
+	BrokerKey string
+}
+
+// A brokerAddress is where a broker is, and the keys for connections to it, nil for none.
+type brokerAddress struct {
+	endpoint string
+	keys     *linkKeys
+}
+
+// address returns the address of the one broker of a service or a request. An ipc endpoint takes no keys:
+// the environment may have some for others.
+func (f *clientFlags) address() (brokerAddress, error) {
 	endpoints, err := f.endpoints()
 	if err != nil {
-		return "", err
+		return brokerAddress{}, err
 	}
 	if len(endpoints) > 1 {
-		return "", misuse("only bbroker takes several", "--broker must be given once, not %d times", len(endpoints))
+		return brokerAddress{}, misuse("only bbroker takes several", "--broker must be given once, not %d times", len(endpoints))
 	}
-	return endpoints[0], nil
+	endpoint, text, hasKey := endpoints[0], "", false
+	if strings.HasPrefix(endpoint, "tcp://") { // The path of a socket may have a #.
+		endpoint, text, hasKey = strings.Cut(endpoint, "#")
+	}
+	source := "the key in " + endpoint
+	switch {
+	case !hasKey:
+		source, text = setBy("--broker-key", f.BrokerKey, "BACKBONE_BROKER_KEY")
+	case f.BrokerKey != "" && f.BrokerKey != text:
+		return brokerAddress{}, misuse("give the key once", "--broker-key is another key than that in %s", endpoint)
+	}
+	if strings.HasPrefix(endpoint, "ipc://") {
+		if f.Key != "" || f.BrokerKey != "" {
+			return brokerAddress{}, misuse("the permissions of the socket say who may connect", "an ipc endpoint takes no keys: %s", endpoint)
+		}
+		return brokerAddress{endpoint: endpoint}, nil
+	}
+	own, ownSource, err := f.key()
+	if err != nil {
+		return brokerAddress{}, err
+	}
+	if text == "" && !hasKey {
+		if own != nil {
+			return brokerAddress{}, misuse("backbone --pubkey <FILE prints the key of a broker", "%s needs --broker-key, the public key of the broker", ownSource)
+		}
+		return brokerAddress{endpoint: endpoint}, nil
+	}
+	broker, err := parsePublicKey(text)
+	if err != nil {
+		return brokerAddress{}, misuse(`from a file that backbone --keygen printed: --broker-key "$(cat FILE)"`, "%s: %w", source, err)
+	}
+	return brokerAddress{endpoint, &linkKeys{broker: broker, own: own}}, nil
 }
 
 // heartbeatFlags are those of the broker and of services. Each sends a heartbeat every Heartbeat, and

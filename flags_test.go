@@ -30,8 +30,9 @@ func TestFlagsOverrideTheEnvironmentAndEndpointsOverrideHostAndPort(t *testing.T
 			for _, name := range []string{"BROKER", "HOST", "PORT"} {
 				t.Setenv("BACKBONE_"+name, test.env[name])
 			}
-			if got, err := test.flags.endpoint(); err != nil || got != test.want {
-				t.Errorf("got %q, %v, want %q", got, err, test.want)
+			flags := clientFlags{commonFlags: test.flags}
+			if got, err := flags.address(); err != nil || got.endpoint != test.want {
+				t.Errorf("got %q, %v, want %q", got.endpoint, err, test.want)
 			}
 		})
 	}
@@ -55,8 +56,8 @@ func TestWrongEndpointsAreWrongUsage(t *testing.T) {
 		{Broker: []string{"ipc:///a", "ipc:///b"}},
 	} {
 		var f *failure
-		if got, err := flags.endpoint(); !errors.As(err, &f) || f.status != exitUsage || f.hint == "" {
-			t.Errorf("%+v: got %q, %v, want wrong usage with a hint", flags, got, err)
+		if got, err := (&clientFlags{commonFlags: flags}).address(); !errors.As(err, &f) || f.status != exitUsage || f.hint == "" {
+			t.Errorf("%+v: got %q, %v, want wrong usage with a hint", flags, got.endpoint, err)
 		}
 	}
 }

@@ -82,6 +82,18 @@ func connectPeer(t testing.TB, kind zmq.Type, endpoint string) peer {
 	return p
 }
 
+// freePort returns a TCP port that nobody listened on just now.
+func freePort(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	return port
+}
+
 // bindPeer returns a ROUTER to act as a broker, and its endpoint.
 func bindPeer(t *testing.T) (peer, string) {
 	t.Helper()
@@ -180,6 +192,19 @@ func dialZMTP(address string) (net.Conn, error) { return dialZMTPAs("", address)
 
 // dialZMTPAs does the same with an identity.
 func dialZMTPAs(identity, address string) (net.Conn, error) {
+	return dialZMTPWith(address, "Identity", identity)
+}
+
+// zmtpGreeting returns the greeting of a client of ZMTP 3.0.
+func zmtpGreeting(mechanism string) []byte {
+	greeting := make([]byte, 64)
+	greeting[0], greeting[9], greeting[10] = 0xff, 0x7f, 3
+	copy(greeting[12:], mechanism)
+	return greeting
+}
+
+// dialZMTPWith does the same with properties of any name: names and values in turn.
+func dialZMTPWith(address string, properties ...string) (net.Conn, error) {
 	network := "tcp"
 	if filepath.IsAbs(address) {
 		network = "unix"
@@ -188,11 +213,12 @@ func dialZMTPAs(identity, address string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	greeting := make([]byte, 64)
-	greeting[0], greeting[9], greeting[10] = 0xff, 0x7f, 3
-	copy(greeting[12:], "NULL")
-	ready := []byte("\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity")
-	ready = append(binary.BigEndian.AppendUint32(ready, uint32(len(identity))), identity...)
+	ready := []byte("\x05READY")
+	for pair := range slices.Chunk(append([]string{"Socket-Type", "DEALER"}, properties...), 2) {
+		ready = append(append(ready, byte(len(pair[0]))), pair[0]...)
+		ready = append(binary.BigEndian.AppendUint32(ready, uint32(len(pair[1]))), pair[1]...)
+	}
+	greeting := zmtpGreeting("NULL")
 	conn.Write(greeting)
 	if _, err := io.ReadFull(conn, make([]byte, len(greeting))); err != nil {
 		return nil, err
@@ -286,7 +312,7 @@ func newFakeRouter(t *testing.T) *fakeRouter {
 // from lets the broker receive a message. The first frame is the identity of the sender.
 func (r *fakeRouter) from(spelled ...string) {
 	r.t.Helper()
-	r.Receive(frames(spelled...), -1, r.clock)
+	r.Receive(frames(spelled...), sender{source: -1}, r.clock)
 }
 
 // pass advances the clock by n heartbeat intervals.
@@ -339,7 +365,7 @@ var errGone = errors.New("no route to host")
 // startBroker runs a broker in this process until the end of the test. It returns the endpoint.
 func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 	t.Helper()
-	router, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20)
+	router, bound, err := listen([]string{"tcp://127.0.0.1:0"}, 1<<20, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -348,7 +374,7 @@ func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 	go func() {
 		flags := testFlags
 		flags.heartbeatFlags = heartbeatFlags{Heartbeat: heartbeat, Liveness: 100}
-		err := runBroker(stop, router, flags, time.Second, noLog)
+		err := runBroker(stop, router, flags, time.Second, nil, noLog)
 		router.Close()
 		ended <- err
 	}()
@@ -603,7 +629,7 @@ func (s *system) start(name string, args ...string) *childProcess {
 func (s *system) startShellService(name, line string) *childProcess {
 	s.t.Helper()
 	p := s.start("bservice", "--heartbeat", "100ms", name, "sh", "-c", line, "sh")
-	p.waitForLines(1, "service ready")
+	p.waitForLines(1, "service connected")
 	return p
 }
 

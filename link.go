@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"net"
@@ -20,15 +22,17 @@ import (
 // happened. It belongs to one goroutine.
 type link struct {
 	*socket
-	endpoint  string // with an address in place of a name
-	connected bool   // the broker is there
-	broken    bool   // it was, and the connection broke
-	source    int    // the descriptor of the connection, or -1
+	address   brokerAddress // the endpoint has an address in place of a name
+	connected bool          // the broker is there
+	broken    bool          // it was, and the connection broke
+	source    int           // the descriptor of the connection, or -1
+	failed    int           // handshakes in a row
+	refused   *failure      // why no connection will come about; nil if one may
 }
 
 // dial connects a tool to a broker. When ctx is done, it stops looking up the name of the host.
-func dial(ctx context.Context, name, endpoint string, options ...func(*socket) error) (*link, error) {
-	endpoint, err := lookUp(ctx, endpoint)
+func dial(ctx context.Context, name string, address brokerAddress, options ...func(*socket) error) (*link, error) {
+	endpoint, err := lookUp(ctx, address.endpoint)
 	if err == nil {
 		err = checkAccess(endpoint)
 	}
@@ -47,8 +51,12 @@ func dial(ctx context.Context, name, endpoint string, options ...func(*socket) e
 		s.SetReconnectIvl(20*time.Millisecond),
 		s.SetReconnectIvlMax(time.Second),
 		setTransport(s, endpoint),
-		s.watch(zmq.EVENT_CONNECTED|zmq.EVENT_HANDSHAKE_SUCCEEDED|zmq.EVENT_DISCONNECTED),
+		s.watch(zmq.EVENT_CONNECTED|zmq.EVENT_DISCONNECTED|zmq.EVENT_HANDSHAKE_SUCCEEDED|
+			zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL|zmq.EVENT_HANDSHAKE_FAILED_AUTH),
 	)
+	if address.keys != nil {
+		err = errors.Join(err, address.keys.set(s))
+	}
 	// The high-water marks stay at 1000 messages, far from what a request at a time and some
 	// heartbeats need.
 	for _, option := range options {
@@ -62,14 +70,14 @@ func dial(ctx context.Context, name, endpoint string, options ...func(*socket) e
 		s.Close()
 		return nil, misuse("an endpoint is "+endpointForm, "connect %s: %w", endpoint, err)
 	}
-	return &link{socket: s, endpoint: endpoint, source: -1}, nil
+	return &link{socket: s, address: brokerAddress{endpoint, address.keys}, source: -1}, nil
 }
 
-// newIdentity returns an identity that is never used again. It is printable and tells who has
-// it.
+// newIdentity returns an identity that is never used again, and that nobody can guess. It is printable
+// and tells who has it.
 func newIdentity(name string) string {
 	host, _ := os.Hostname()
-	return fmt.Sprintf("%s.%.200s.%d.%08x", name, host, os.Getpid(), rand.Uint32())
+	return fmt.Sprintf("%s.%.200s.%d.%016x", name, host, os.Getpid(), rand.Uint64())
 }
 
 // setTransport sets what both ends of a connection need.
@@ -111,19 +119,95 @@ func (l *link) receive() ([][]byte, error) {
 // received.
 func (l *link) update() error {
 	for {
-		event, source, err := l.event()
+		event, value, err := l.event()
 		switch {
 		case err != nil || event == 0:
 			return err
 		case event == zmq.EVENT_CONNECTED:
-			l.source = source
+			l.source = value
 		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-			l.connected = true
-		default:
+			l.connected, l.failed = true, 0
+		case event == zmq.EVENT_DISCONNECTED:
 			l.connected, l.broken, l.source = false, l.broken || l.connected, -1
+		default:
+			l.failed++
+			l.refused = cmp.Or(l.refused, l.refusal(event, value))
 		}
 	}
 }
+
+// refusal returns what a failed handshake reveals about the keys, or nil.
+func (l *link) refusal(event zmq.Event, value int) *failure {
+	keys, brokers := l.address.keys, "" // the mechanism of the broker, as far as it is known
+	mismatch := event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL && value == noCommonMechanism
+	if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL && l.failed%maxFailed == 0 {
+		brokers = mechanismOf(l.address.endpoint)
+	}
+	switch {
+	case event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && value == 400 && keys.own == nil:
+		return errKnownKeyWanted
+	case event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && value == 400:
+		return unknownKey(keys.own)
+	case keys == nil && (mismatch || brokers == "CURVE"):
+		return errKeyWanted
+	case keys != nil && (mismatch || brokers == "NULL"):
+		return errNoKeyWanted
+	case keys != nil && brokers == "CURVE":
+		return errOtherBroker
+	}
+	return nil
+}
+
+// maxFailed is how many handshakes in a row fail without a reason before the keys are to blame. A
+// stopping broker can cause one such failure.
+const maxFailed = 3
+
+// mechanismOf returns the security mechanism of the broker at an endpoint: CURVE if it takes keys, NULL if
+// it takes none, or nothing if that cannot be told within a second. ZeroMQ often closes a connection before
+// it has sent the name of its mechanism, if the peer has another one. To a peer that stops in the middle of
+// its greeting (ZMTP 3.0, RFC 23), it sends the whole of its own.
+func mechanismOf(endpoint string) string {
+	address := endpoint[max(strings.LastIndexByte(endpoint, '/'), strings.LastIndexByte(endpoint, ';'))+1:]
+	connection, err := net.DialTimeout("tcp", address, time.Second)
+	if err != nil {
+		return ""
+	}
+	defer connection.Close()
+	connection.SetDeadline(time.Now().Add(time.Second))
+	connection.Write([]byte("\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03")) // signature and version
+	var greeting [32]byte
+	if _, err := io.ReadFull(connection, greeting[:]); err != nil {
+		return ""
+	}
+	return strings.TrimRight(string(greeting[12:]), "\x00")
+}
+
+// Why a broker takes no connection, or allows nothing.
+var (
+	errKnownKeyWanted = &failure{status: exitNotAllowed, err: errors.New("the broker admits only keys that it knows"),
+		hint: "give --key FILE, with a key that the broker knows; backbone --keygen FILE makes one"}
+	errKeyWanted = &failure{status: exitNotAllowed, err: errors.New("the broker wants a key"),
+		hint: "give --broker-key KEY, the broker's public key, and --key FILE, your secret key (backbone --keygen FILE makes one)"}
+	errNoKeyWanted = &failure{status: exitProtocol, err: errors.New("the broker takes no keys"),
+		hint: "leave out --key and --broker-key, or start bbroker with --key and --authorized"}
+	errOtherBroker = &failure{status: exitNotAllowed, err: errors.New("the broker has another key than expected"),
+		hint: "compare --broker-key, or the key in the endpoint, with what backbone --pubkey prints for the broker's key"}
+)
+
+func unknownKey(own *secretKey) *failure {
+	public, err := own.public()
+	if err != nil {
+		return errNoCurve
+	}
+	return &failure{status: exitNotAllowed, err: fmt.Errorf("the broker does not know the key %v", public),
+		hint: "add it to the file of bbroker --authorized, and send bbroker SIGHUP"}
+}
+
+// What to look at if the broker knows a key, but does not allow something.
+const (
+	mayCallHint  = "check the name; the file of bbroker --authorized says what the key may call"
+	mayServeHint = "check the name; the file of bbroker --authorized says what the key may serve"
+)
 
 // received returns the number of bytes that came over the connection, or 0 if that is unknown.
 func (l *link) received() uint64 { return bytesReceived(l.source) }

@@ -19,7 +19,7 @@ import (
 //	request    = %x02 address '' *body              ; broker -> worker
 //	reply      = %x03 address '' *body              ; worker -> broker
 //	heartbeat  = %x04                               ; both ways
-//	disconnect = %x05                               ; both ways
+//	disconnect = %x05 [ '77' reason ]               ; both ways; bbroker tells bservice what it may not
 //
 // Every element is one frame, and a frame is any bytes. A ROUTER puts the identity of the peer at
 // the head of the address of a message that it receives, and takes it off one that it sends; at a
@@ -75,6 +75,9 @@ var (
 	errNoClient   = errors.New("no empty frame after the client's address")
 )
 
+// notAllowed is the frame by which bbroker tells bservice why it sends DISCONNECT.
+const notAllowed = "77"
+
 const maxName = 255 // bytes of a service's name
 
 // Parse parses the frames of a message without copying them. An error says what is wrong with the
@@ -119,7 +122,9 @@ func Parse(frames [][]byte) (Message, error) {
 		if m.Client, m.Body, ok = cutAtEmpty(rest); !ok { // m.Client is all that follows then
 			return m, fmt.Errorf("%v: %w", m.Kind, errNoClient)
 		}
-	case KindHeartbeat, KindDisconnect:
+	case KindDisconnect:
+		m.Body = rest
+	case KindHeartbeat:
 	default:
 		return m, fmt.Errorf("unknown %v", m.Kind)
 	}

@@ -65,7 +65,7 @@ func TestKnownMistakesOfRealPeersAreAccepted(t *testing.T) {
 		want   Message
 	}{
 		{"DISCONNECT of Dispatchr Backbone's broker", frames("MDPW01", "\x05"), Message{Kind: KindDisconnect}},
-		{"DISCONNECT of its Node.js service", frames("", "MDPW01", "\x05", "echo"), Message{Kind: KindDisconnect}},
+		{"DISCONNECT of its Node.js service", frames("", "MDPW01", "\x05", "echo"), Message{Kind: KindDisconnect, Body: frames("echo")}},
 		{"an extra frame after READY", frames("", "MDPW01", "\x01", "echo", "1.0"),
 			Message{Kind: KindReady, Service: []byte("echo")}},
 		{"an extra frame after HEARTBEAT", frames("", "MDPW01", "\x04", ""), Message{Kind: KindHeartbeat}},

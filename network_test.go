@@ -25,7 +25,7 @@ type network struct {
 
 const (
 	linkDevice    = "link0"
-	brokerAddress = "192.0.2.1" // from a range that no real host has
+	brokerIP      = "192.0.2.1" // from a range that no real host has
 	remoteAddress = "192.0.2.2"
 )
 
@@ -57,7 +57,7 @@ func newNetwork(t *testing.T, flags ...string) *network {
 		"type", "veth", "peer", "name", linkDevice, "netns", n.hosts[1]).CombinedOutput(); err != nil {
 		skipAsRoot(t, "this kernel has no virtual Ethernet devices: "+string(output))
 	}
-	for i, address := range []string{brokerAddress, remoteAddress} {
+	for i, address := range []string{brokerIP, remoteAddress} {
 		n.ip(i, "address", "add", address+"/30", "dev", linkDevice)
 		n.ip(i, "link", "set", linkDevice, "up")
 	}
@@ -112,7 +112,7 @@ func (n *network) startOn(host int, endpoint, name string, args ...string) *chil
 	return start(n.t, n.dir, endpoint, "ip", args...)
 }
 
-func (n *network) remoteEndpoint() string { return "tcp://" + brokerAddress + ":5555" }
+func (n *network) remoteEndpoint() string { return "tcp://" + brokerIP + ":5555" }
 
 // startRemote starts a program on the remote host.
 func (n *network) startRemote(name string, args ...string) *childProcess {
@@ -124,7 +124,7 @@ func (n *network) startRemote(name string, args ...string) *childProcess {
 // Ethernet address that nobody has. A link that is down would tell the hosts.
 func (n *network) cut() {
 	n.t.Helper()
-	for i, peer := range []string{remoteAddress, brokerAddress} {
+	for i, peer := range []string{remoteAddress, brokerIP} {
 		n.ip(i, "neighbour", "replace", peer, "dev", linkDevice,
 			"lladdr", "02:00:00:00:00:01", "nud", "permanent")
 	}
@@ -133,7 +133,7 @@ func (n *network) cut() {
 // mend undoes cut.
 func (n *network) mend() {
 	n.t.Helper()
-	for i, peer := range []string{remoteAddress, brokerAddress} {
+	for i, peer := range []string{remoteAddress, brokerIP} {
 		n.ip(i, "neighbour", "delete", peer, "dev", linkDevice)
 	}
 }

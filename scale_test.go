@@ -201,10 +201,10 @@ func linesSurviveKilledWorkers(t *testing.T) {
 		return s.start("bservice", "--heartbeat", "100ms", "-j2", "--coproc", "echo", "cat")
 	}
 	steady, victim := start(), start()
-	steady.waitForLines(1, "service ready")
+	steady.waitForLines(1, "service connected")
 	f := startFilter(t, s, "--retries", "20", "echo")
 	for round := range 10 {
-		victim.waitForLines(1, "service ready")
+		victim.waitForLines(1, "service connected")
 		f.pass(2000*round+1, 2000*round+1000)
 		killed := make(chan struct{})
 		go func() {

@@ -138,9 +138,22 @@ static int send_frames(uintptr_t socket, const char *data, const size_t *sizes, 
 	return 0;
 }
 
-// source_of returns the descriptor of the connection that a frame came over, or -1.
+// source_of returns the descriptor of the connection that a message came over, or -1.
 static int source_of(frame_batch *batch) {
 	return batch->count > 1 ? zmq_msg_get(&batch->frames[1], ZMQ_SRCFD) : -1;
+}
+
+// user_of returns the user that the ZAP handler named when it admitted the peer that a message came from,
+// or NULL. It is there on the second frame; the first, which has the identity, may lack it.
+static const char *user_of(frame_batch *batch) {
+	return batch->count > 1 ? zmq_msg_gets(&batch->frames[1], "User-Id") : NULL;
+}
+
+// Without a ZAP handler, ZeroMQ lets everybody in unless this option is set.
+static int enforce_domain(uintptr_t socket) {
+	enum { ZAP_ENFORCE_DOMAIN = 93 };
+	int on = 1;
+	return zmq_setsockopt((void *)socket, ZAP_ENFORCE_DOMAIN, &on, sizeof on) == -1 ? errno : 0;
 }
 
 // bytes_received returns the number of bytes that a TCP connection has received, or 0 if that is
@@ -236,7 +249,9 @@ type socket struct {
 	batch   *C.frame_batch
 	sending []byte // short frames, joined
 	drained bool   // no message is left, until fd becomes readable
-	blocked bool   // a wait ends when a message can be sent
+	// knowsUsers tells that a ZAP handler admits the peers, so that messages have a user.
+	knowsUsers bool
+	blocked    bool // a wait ends when a message can be sent
 
 	// What the last wait found: perhaps a message, and perhaps an event of the monitor.
 	readable, monitored bool
@@ -371,29 +386,41 @@ func trimMemory() { C.trim_memory() }
 // maxFrames is the most frames of a message that are received. The others are dropped.
 const maxFrames = 1 << 18
 
+// A sender is what ZeroMQ itself knows of the peer that a message came from.
+type sender struct {
+	source int    // descriptor of the connection, or -1
+	user   string // as a guard admitted it: a key or ipcUser; empty if no keys are in use
+	// admitted is how many connections the broker had accepted when it admitted this one.
+	admitted uint64
+}
+
 // receive returns the next message, or nil if there is none.
 func (s *socket) receive() (frames [][]byte, err error) {
 	frames, _, err = s.receiveFrom(false)
 	return frames, err
 }
 
-// receiveFrom returns the next message, or nil if there is none, and the descriptor of its
-// connection if that is wanted and known, else -1. A message with more than maxFrames is cut off one
-// frame behind them.
-func (s *socket) receiveFrom(wantSource bool) (frames [][]byte, source int, err error) {
-	s.drained, source = false, -1
+// receiveFrom returns the next message, or nil if there is none, and who sent it if that is wanted. A
+// message with more than maxFrames is cut off one frame behind them.
+func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err error) {
+	s.drained, from.source = false, -1
 	for more := true; more; {
 		errno := C.receive_frames(s.handle, s.batch)
 		if errno != 0 {
 			C.close_frames(s.batch)
 			if errno == C.EAGAIN && frames == nil {
 				s.drained = true
-				return nil, -1, nil
+				return nil, from, nil
 			}
-			return nil, -1, fmt.Errorf("receive: %w", zmq.Errno(errno))
+			return nil, from, fmt.Errorf("receive: %w", zmq.Errno(errno))
 		}
-		if wantSource && frames == nil {
-			source = int(C.source_of(s.batch))
+		if wantSender && frames == nil {
+			from.source = int(C.source_of(s.batch))
+			if s.knowsUsers {
+				if user := C.user_of(s.batch); user != nil {
+					from.user, from.admitted = parseUserID(C.GoString(user))
+				}
+			}
 		}
 		if len(frames) <= maxFrames {
 			frames = appendCopies(frames, s.batch)
@@ -401,7 +428,7 @@ func (s *socket) receiveFrom(wantSource bool) (frames [][]byte, source int, err 
 		more = s.batch.more != 0
 		C.close_frames(s.batch)
 	}
-	return frames[:min(len(frames), maxFrames+1)], source, nil
+	return frames[:min(len(frames), maxFrames+1)], from, nil
 }
 
 // appendCopies appends copies of the frames in a batch. Short ones share one allocation.
@@ -428,6 +455,21 @@ func appendCopies(frames [][]byte, batch *C.frame_batch) [][]byte {
 	return frames
 }
 
+// admitBy makes the endpoints that are bound from now on take only peers that the ZAP handler admits.
+func (s *socket) admitBy(zapDomain string) error {
+	err := s.SetZapDomain(zapDomain)
+	if errno := C.enforce_domain(s.handle); errno != 0 {
+		err = errors.Join(err, zmq.Errno(errno))
+	}
+	s.knowsUsers = true
+	return err
+}
+
+// useCurveServer makes the endpoints that are bound from now on take only peers with keys.
+func (s *socket) useCurveServer(key *secretKey) error {
+	return errors.Join(s.SetCurveServer(1), s.SetCurveSecretkey(key.z85()))
+}
+
 // watch monitors events of the connections. Call it before the first one.
 func (s *socket) watch(events zmq.Event) error {
 	address := fmt.Sprintf("inproc://monitor.%016x", rand.Uint64())
@@ -452,17 +494,20 @@ func (s *socket) watch(events zmq.Event) error {
 	return err
 }
 
-// event returns the next event of the monitor, or 0 if there is none, and the descriptor of the
-// connection.
-func (s *socket) event() (event zmq.Event, source int, err error) {
-	event, _, source, err = s.monitor.RecvEvent(zmq.DONTWAIT)
+// noCommonMechanism is the value of HANDSHAKE_FAILED_PROTOCOL if one side wants keys and the other none.
+const noCommonMechanism = C.ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+
+// event returns the next event of the monitor, or 0 if there is none, and its value: the descriptor of
+// the connection, or what is wrong.
+func (s *socket) event() (event zmq.Event, value int, err error) {
+	event, _, value, err = s.monitor.RecvEvent(zmq.DONTWAIT)
 	if zmq.AsErrno(err) == zmq.Errno(syscall.EAGAIN) {
 		return 0, -1, nil
 	}
 	if err != nil {
 		return 0, -1, fmt.Errorf("monitor the connections: %w", err)
 	}
-	return event, source, nil
+	return event, value, nil
 }
 
 // A pollWaiter lets the goroutine that owns sockets wait for them, their monitors, a deadline and

@@ -43,7 +43,9 @@ and its exit status.
       --grace DURATION   when stopped, let commands run this much longer (10s)
       --host HOST        host of the broker (127.0.0.1)
   -p, --port PORT        port of the broker (5555)
-  -b, --broker ENDPOINT  use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -b, --broker ENDPOINT  use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+      --broker-key KEY   public key of the broker, for one that takes keys
+      --key FILE         secret key of the service; the broker must know its public key
       --heartbeat DURATION
                          send a heartbeat this often (1s)
       --liveness N       reconnect when the broker has been silent for N heartbeat
@@ -54,9 +56,10 @@ and its exit status.
       --version
 
 A duration has a unit, or is in seconds: 500ms, 2.5, 1m. A size is in bytes, or has K, M
-or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT and BACKBONE_BROKER set the
-defaults of their flags. Put flags before COMMAND; what follows belongs to it. COMMAND
-finds BACKBONE_SERVICE, BACKBONE_ENDPOINT and BACKBONE_REQUEST in its environment.
+or G for powers of 1024. BACKBONE_HOST, BACKBONE_PORT, BACKBONE_BROKER, BACKBONE_KEY and
+BACKBONE_BROKER_KEY set the defaults of their flags. Put flags before COMMAND; what
+follows belongs to it. COMMAND finds BACKBONE_SERVICE, BACKBONE_ENDPOINT,
+BACKBONE_REQUEST and BACKBONE_USER, the name of the caller's key, in its environment.
 
 After SIGTERM, SIGINT, SIGHUP or SIGQUIT, commands finish and their replies go out; a
 second signal ends the commands.
@@ -76,7 +79,7 @@ Examples:
 `
 
 type serviceTool struct {
-	commonFlags
+	clientFlags
 	heartbeatFlags
 	commandFlags
 	Jobs      int `short:"j" default:"1"`
@@ -103,7 +106,7 @@ const (
 )
 
 func (t *serviceTool) Run() error {
-	endpoint, err := t.endpoint()
+	address, err := t.address()
 	if err != nil {
 		return err
 	}
@@ -122,7 +125,7 @@ func (t *serviceTool) Run() error {
 	// A signal asks the commands to end soon; a second one, or the end of the grace, now.
 	stop, endSoon := context.WithCancel(context.Background())
 	abort, endNow := context.WithCancelCause(context.Background())
-	defer onSignals(
+	defer onSignals(stopSignals,
 		func(os.Signal) {
 			log.Info("service stopping", "grace", t.Grace)
 			endSoon()
@@ -134,8 +137,8 @@ func (t *serviceTool) Run() error {
 	if t.Jobs == 0 {
 		t.Jobs = runtime.GOMAXPROCS(0)
 	}
-	command := &CmdService{Name: t.Name, Endpoint: endpoint, Command: t.Command, Abort: abort, Stderr: stderr,
-		LabelStderr: t.Jobs > 1, commandFlags: t.commandFlags}
+	command := &CmdService{Name: t.Name, Endpoint: address.endpoint, Command: t.Command, Abort: abort, Stderr: stderr,
+		LabelStderr: t.Jobs > 1, NamedUsers: address.keys != nil || strings.HasPrefix(address.endpoint, "ipc://"), commandFlags: t.commandFlags}
 	if err := command.find(); err != nil {
 		return err
 	}
@@ -145,10 +148,10 @@ func (t *serviceTool) Run() error {
 	}
 	defer zmq.Term() // waits until the last reply and DISCONNECT have left
 
-	log.Info("service started", "version", buildVersion(), "command", strings.Join(t.Command, " "), "jobs", t.Jobs, "broker", endpoint)
+	log.Info("service started", "version", buildVersion(), "command", strings.Join(t.Command, " "), "jobs", t.Jobs, "broker", address.endpoint)
 	ended := make(chan error)
 	for i := range t.Jobs {
-		job := &Service{Name: t.Name, Endpoint: endpoint, heartbeatFlags: t.heartbeatFlags, log: log, brokerLog: log}
+		job := &Service{Name: t.Name, Endpoint: address.endpoint, Keys: address.keys, heartbeatFlags: t.heartbeatFlags, log: log, brokerLog: log}
 		if i > 0 {
 			job.brokerLog = slog.New(slog.DiscardHandler) // The others would say the same.
 		}
@@ -217,6 +220,7 @@ type Handler func(token string, body [][]byte) Reply
 type Service struct {
 	Name     string
 	Endpoint string
+	Keys     *linkKeys // nil for none
 	Handler  Handler
 	heartbeatFlags
 
@@ -232,6 +236,8 @@ type Service struct {
 func (s *Service) Serve(stop context.Context) error {
 	for stop.Err() == nil {
 		begin := time.Now()
+		// A broker that turns us away at once must not be asked again at once.
+		pause := min(s.Heartbeat, time.Second)
 		over, err := s.serveSession(stop)
 		unreachable := errors.Is(err, errLookUp) || errors.Is(err, errPermission) // It may be reachable soon.
 		switch {
@@ -241,17 +247,27 @@ func (s *Service) Serve(stop context.Context) error {
 			return nil
 		case unreachable:
 			s.noticeMissing(begin, err)
+		case isRefusal(over):
+			pause = refusedPause
+			s.brokerLog.Error("refused", "broker", s.Endpoint, "why", over, "again_in", pause, "hint", failureOf(over).hint)
 		case over != errMissing:
 			s.brokerLog.Warn("connecting again", "broker", s.Endpoint, "why", over)
 		}
-		// A broker that turns us away at once must not be asked again at once.
-		pause := min(s.Heartbeat, time.Second)
 		select {
 		case <-time.After(time.Until(begin.Add(pause))):
 		case <-stop.Done():
 		}
 	}
 	return nil
+}
+
+// refusedPause is how long a service waits that its broker refused: somebody has to change what it may.
+const refusedPause = 30 * time.Second
+
+// isRefusal tells whether a session is over because of the keys.
+func isRefusal(over error) bool {
+	var f *failure
+	return errors.As(over, &f) && (f.status == exitNotAllowed || f.status == exitProtocol)
 }
 
 // noticeMissing says that no broker can be reached, after a heartbeat and then every half minute. It
@@ -274,7 +290,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 	// Queue messages only for a broker that is there: heartbeats would pile up, and READY would arrive
 	// too late to be true.
 	immediate := func(s *socket) error { return s.SetImmediate(true) }
-	broker, err := dial(stop, "bservice", s.Endpoint, immediate)
+	broker, err := dial(stop, "bservice", brokerAddress{s.Endpoint, s.Keys}, immediate)
 	if err != nil {
 		return nil, err
 	}
@@ -306,6 +322,9 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 		if broker.monitored {
 			if err := broker.update(); err != nil {
 				return nil, err
+			}
+			if broker.refused != nil && current.over == nil {
+				current.end(broker.refused)
 			}
 		}
 		if current.unsent() {

@@ -62,6 +62,9 @@ type CmdService struct {
 	// line belongs to.
 	Stderr      io.Writer
 	LabelStderr bool
+
+	// NamedUsers tells that the broker is a bbroker whose tokens end in the name of the caller.
+	NamedUsers bool
 }
 
 // find looks the command up, so that a service that cannot work fails before its first
@@ -128,7 +131,7 @@ func (c *CmdService) Handle(token string, body [][]byte) Reply {
 	if err != nil {
 		return c.refusal(cannotRun(err))
 	}
-	p := c.prepare(argv, "BACKBONE_REQUEST="+token)
+	p := c.prepare(argv, "BACKBONE_REQUEST="+token, "BACKBONE_USER="+c.userOf(token))
 	defer p.end(nil)
 	if len(stdin) > 0 {
 		p.Stdin = bytes.NewReader(stdin)
@@ -141,6 +144,14 @@ func (c *CmdService) Handle(token string, body [][]byte) Reply {
 	defer c.limitTime(p, "")()
 	status, reason := c.wait(p)
 	return c.result(p, status, reason)
+}
+
+// userOf returns the name of the caller of a request, or nothing if that is not known.
+func (c *CmdService) userOf(token string) string {
+	if at := strings.LastIndexByte(token, '@'); c.NamedUsers && at >= 0 {
+		return token[at+1:]
+	}
+	return ""
 }
 
 // argv returns the command with the frames of a request in their place.
@@ -498,7 +509,7 @@ func (c *coprocess) ensureRunning(stop <-chan struct{}) (refused *Reply) {
 
 // launch starts a process.
 func (c *coprocess) launch() error {
-	p := c.prepare(c.Command)
+	p := c.prepare(c.Command, "BACKBONE_USER=") // It works for many callers.
 	output := newLineOutput(newLimitedBuffer(c.MaxOutput, p.end), c.terminator, c.skipLines)
 	c.redirect(p, output)
 	stdin, err := p.StdinPipe()

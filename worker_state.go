@@ -41,7 +41,7 @@ func (s *session) Flush() {
 		s.registered = s.deliver(Message{Kind: KindReady, Service: []byte(s.Name)})
 		if s.registered {
 			s.nextNotice = time.Time{}
-			s.brokerLog.Info("service ready", "broker", s.Endpoint)
+			s.brokerLog.Info("service connected", "broker", s.Endpoint)
 		}
 	}
 	if s.registered && s.reply != nil && s.deliver(*s.reply) {
@@ -83,8 +83,17 @@ func (s *session) Receive(frames [][]byte) {
 	case KindRequest:
 		s.request = &m
 	case KindDisconnect:
-		s.end(errors.New("the broker sent DISCONNECT"))
+		s.end(disconnected(m))
 	}
+}
+
+// disconnected returns why the broker sent DISCONNECT: bbroker tells a service that its key may not serve
+// the name.
+func disconnected(m Message) error {
+	if len(m.Body) == 2 && string(m.Body[0]) == notAllowed {
+		return &failure{status: exitNotAllowed, err: errors.New(printable(string(m.Body[1]))), hint: mayServeHint}
+	}
+	return errors.New("the broker sent DISCONNECT")
 }
 
 // Start starts to work on a request that has come, if there is one. Call it when all that has come was

@@ -7,7 +7,7 @@ _backbone_flags() {
 		sub(/^ +(backbone )?/, ""); sub(/  .*/, "")
 		for (i = split($0, flags, ", "); i > 0; i--) {
 			split(flags[i], part, " ")
-			if (part[1] ~ /^--/) takes = part[2] # also for the short flag, which comes next
+			if (part[1] ~ /^--/) takes = part[2] ~ /^</ ? "" : part[2] # also for the short flag, which comes next
 			print part[1], takes
 		}
 	}'
@@ -38,13 +38,13 @@ _backbone() {
 	done < <(_backbone_flags "${run[@]}")
 	for word in "${words[@]:1:${#words[@]}-2}"; do
 		if [[ $value ]]; then
-			[[ $value != @(-b|-p|--broker|--host|--port) ]] || broker+=("$value" "$word")
+			[[ $value != @(-b|-p|--broker|--host|--port|--broker-key|--key) ]] || broker+=("$value" "${word/#\~\//$HOME/}")
 			value=
 		elif [[ $rest || $word != -?* ]]; then
 			((++operands))
 		elif [[ $word == -- ]]; then
 			rest=yes
-		elif [[ $word == @(-[bp]?*|--@(broker|host|port)=*) ]]; then
+		elif [[ $word == @(-[bp]?*|--@(broker|host|port|broker-key|key)=*) ]]; then
 			broker+=("$word")
 		elif [[ ${flags[$word]} ]]; then
 			value=$word

@@ -16,9 +16,9 @@ function __backbone_services
     set -l broker
     for i in (seq (count $words))
         switch $words[$i]
-            case -b --broker --host -p --port
-                set -a broker $words[$i] $words[(math $i + 1)]
-            case '-b*' '-p*' '--broker=*' '--host=*' '--port=*'
+            case -b --broker --host -p --port --broker-key --key
+                set -a broker $words[$i] (string replace -r -- '^~/' $HOME/ $words[(math $i + 1)])
+            case '-b*' '-p*' '--broker=*' '--host=*' '--port=*' '--broker-key=*' '--key=*'
                 set -a broker $words[$i]
         end
     end
@@ -64,7 +64,7 @@ for tool in backbone bbroker bservice brequest
         sub(/  .*/, "")
         for (i = split($0, flags, ", "); i > 0; i--) {
             split(flags[i], part, " ")
-            if (part[1] ~ /^--/) takes = part[2] # also for the short flag, which comes next
+            if (part[1] ~ /^--/) takes = part[2] ~ /^</ ? "" : part[2] # also for the short flag, which comes next
             print part[1] "\t" takes "\t" description
         }
     }' | while read --delimiter \t flag takes description
