@@ -1284,3 +1284,361 @@ func TestPeersThatKnowNothingButRFC7(t *testing.T) {
 		}
 	})
 }
+
+// A peerKeysSystem has a broker that takes keys, at a TCP endpoint, and a directory with the keys: ann may
+// call, build may serve and call what begins with test, and the broker does not know stranger.
+type peerKeysSystem struct {
+	*system
+	broker string // the public key
+}
+
+// newPeerKeysSystem returns a system whose programs have the broker and its key in their environment.
+func newPeerKeysSystem(t *testing.T) *peerKeysSystem {
+	t.Helper()
+	s := &peerKeysSystem{system: newSystemWithoutBroker(t)}
+	s.broker = s.keygen("broker")
+	rules := fmt.Sprintf("%s ann call=peer,go\n%s build serve=peer,go call=test-*\n", s.keygen("ann"), s.keygen("build"))
+	s.keygen("stranger")
+	if err := os.WriteFile(s.path("authorized"), []byte(rules), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.system.endpoint = peerKeysEndpoint(s.start("bbroker", "--port", "0", "--key", "broker.key", "--authorized", "authorized")) + "#" + s.broker
+	return s
+}
+
+func (s *peerKeysSystem) path(name string) string { return filepath.Join(s.dir, name) }
+
+// keygen makes a key in the file NAME.key and returns the public key.
+func (s *peerKeysSystem) keygen(name string) string {
+	s.t.Helper()
+	public, err := exec.Command("backbone", "--keygen", s.path(name+".key")).Output()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return strings.TrimSpace(string(public))
+}
+
+// secret returns the secret key in the file NAME.key.
+func (s *peerKeysSystem) secret(name string) string {
+	s.t.Helper()
+	content, err := os.ReadFile(s.path(name + ".key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	lines := strings.Fields(string(content))
+	return lines[len(lines)-1]
+}
+
+// tcp returns the endpoint without the key.
+func (s *peerKeysSystem) tcp() string {
+	endpoint, _, _ := strings.Cut(s.endpoint, "#")
+	return endpoint
+}
+
+// peerKeysEndpoint waits until a broker listens, and returns its endpoint.
+func peerKeysEndpoint(broker *childProcess) string {
+	broker.t.Helper()
+	for deadline := time.After(20 * time.Second); ; {
+		select {
+		case line := <-broker.lines:
+			if _, rest, ok := strings.Cut(line, "endpoints="); ok {
+				return strings.Fields(rest)[0]
+			}
+		case <-deadline:
+			broker.t.Fatal("the broker does not listen")
+		}
+	}
+}
+
+// with adds variables to the environment of a command.
+func peerKeysWith(cmd *exec.Cmd, variables ...string) *exec.Cmd {
+	cmd.Env = append(cmd.Env, variables...)
+	return cmd
+}
+
+type peerKeysOptions map[string]string
+
+// peerKeysAsk calls peer with a client of each of the options. It returns a line for each: the reply, or
+// the class, status and text of the error.
+func peerKeysAsk(s *system, language string, variables []string, options ...peerKeysOptions) []string {
+	s.t.Helper()
+	program := map[string]string{
+		"python": `
+import json, sys
+from backbone import *
+for options in json.load(sys.stdin):
+    try: print(BackboneClient(**options).send('peer', 'hello', 20))
+    except BackboneError as error: print(type(error).__name__, error.status, error)`,
+		"asyncio": `
+import asyncio, json, sys
+from backbone import *
+for options in json.load(sys.stdin):
+    try: print(asyncio.run(AsyncBackboneClient(**options).send('peer', 'hello', 20)))
+    except BackboneError as error: print(type(error).__name__, error.status, error)`,
+		"javascript": `
+const { BackboneClient } = require('backbone');
+(async () => {
+  for (const { broker_key: brokerKey, ...options } of JSON.parse(require('fs').readFileSync(0))) {
+    try { console.log(await new BackboneClient(null, null, { brokerKey, ...options }).send('peer', 'hello', 20000)); }
+    catch (error) { console.log(error.name, error.status, error.message.replaceAll('brokerKey', 'broker_key')); }
+  }
+})();`,
+	}[language]
+	if language == "asyncio" {
+		language = "python"
+	}
+	input, err := json.Marshal(options)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := peerKeysWith(s.inlineCommand(language, program), variables...)
+	cmd.Stdin = bytes.NewReader(input)
+	output, err := cmd.Output()
+	lines := strings.Split(strings.TrimSpace(string(output)), "\n")
+	if err != nil || len(lines) != len(options) {
+		s.t.Fatalf("it printed %q, %v, want %d lines", output, err, len(options))
+	}
+	return lines
+}
+
+func TestKeysAdmitClientsAndServicesInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newPeerKeysSystem(t)
+		library := libraries[language].library
+		// One service has all from the environment, the other from flags.
+		if err := peerKeysWith(s.peerCommand(language, "service", "peer"), "BACKBONE_KEY="+s.path("build.key")).Start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.command(language, library, "service", "-b", s.tcp(), "--broker-key", s.broker, "--key", s.path("build.key"), "peer", "echo", "-n").Start(); err != nil {
+			t.Fatal(err)
+		}
+		s.start("bservice", "--key", "build.key", "go", "echo", "-n")
+
+		public, err := parsePublicKey(s.broker)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := s.path("ann.key")
+		for _, got := range append(peerKeysAsk(s.system, language, []string{"BACKBONE_KEY=" + key, "BACKBONE_BROKER_KEY=" + s.broker},
+			peerKeysOptions{}, // the key of the broker is in BACKBONE_BROKER
+			peerKeysOptions{"broker": s.tcp()},
+			peerKeysOptions{"broker": s.tcp(), "key": key}),
+			peerKeysAsk(s.system, language, nil,
+				peerKeysOptions{"broker": s.endpoint, "key": key},
+				peerKeysOptions{"broker": s.tcp(), "key": key, "broker_key": s.broker},
+				peerKeysOptions{"broker": s.tcp(), "key": key, "broker_key": public.z85()},
+				peerKeysOptions{"broker": s.tcp(), "key": key, "broker_key": publicPrefix + strings.ToUpper(s.broker[len(publicPrefix):])})...) {
+			if got != "hello" {
+				t.Errorf("the reply is %q", got)
+			}
+		}
+		for _, request := range []*exec.Cmd{
+			s.command(language, library, "request", "-n", "--key", key, "go", "hello"),
+			s.command(language, library, "request", "-n", "--key", key, "--broker-key="+s.broker, "-b", s.tcp(), "peer", "hello"),
+			peerKeysWith(exec.Command("brequest", "-n", "--key", key, "peer", "hello"), s.peerEnv()...),
+		} {
+			if output, err := request.Output(); err != nil || string(output) != "hello" {
+				t.Errorf("%q: the reply is %q, %v", request.Args, output, err)
+			}
+		}
+	})
+}
+
+func TestRefusalOfAKeyFailsARequestAtOnceInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	s := newPeerKeysSystem(t)
+	plain := peerKeysEndpoint(s.start("bbroker", "--port", "0"))
+	const known, stranger = "ann.key", "stranger.key"
+	for _, language := range []string{"python", "asyncio", "javascript"} {
+		t.Run(language, func(t *testing.T) {
+			t.Parallel()
+			s := &peerKeysSystem{&system{t, s.dir, s.endpoint, nil}, s.broker}
+			var options []peerKeysOptions
+			var want []string
+			// ZeroMQ does not always tell the same, so ask more than once.
+			for range 5 {
+				for _, test := range []struct {
+					options peerKeysOptions
+					want    string
+				}{
+					{peerKeysOptions{"broker": s.endpoint, "key": s.path(stranger)}, "NotAllowed 77 the broker does not know this key: " + s.tcp()},
+					{peerKeysOptions{"broker": s.endpoint}, "NotAllowed 77 the broker admits only keys that it knows: " + s.tcp()},
+					{peerKeysOptions{"broker": s.tcp()}, "NotAllowed 77 the broker wants a key: " + s.tcp()},
+					{peerKeysOptions{"broker": s.tcp(), "key": s.path(known), "broker_key": publicPrefix + strings.Repeat("0f", keyLength)},
+						"NotAllowed 77 the broker has another key than expected: " + s.tcp()},
+					{peerKeysOptions{"broker": plain, "key": s.path(known), "broker_key": s.broker}, "ProtocolError 76 the broker takes no keys: " + plain},
+					{peerKeysOptions{"broker": plain + "#" + s.broker}, "ProtocolError 76 the broker takes no keys: " + plain},
+					{peerKeysOptions{"broker": s.endpoint, "key": s.path("build.key")}, "StatusError 77 bbroker: peer: build may not call it"},
+				} {
+					options, want = append(options, test.options), append(want, test.want)
+				}
+			}
+			for i, got := range peerKeysAsk(s.system, language, nil, options...) {
+				if got != want[i] {
+					t.Errorf("the result is %q, want %q", got, want[i])
+				}
+			}
+		})
+	}
+}
+
+func TestRefusedServiceSaysWhyAndWaitsInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newPeerKeysSystem(t)
+		plain := peerKeysEndpoint(s.start("bbroker", "--port", "0"))
+		for _, test := range []struct{ endpoint, key, want string }{
+			{s.endpoint, "ann.key", "ann may not serve peer"},
+			{s.endpoint, "stranger.key", "the broker does not know this key: " + s.tcp()},
+			{s.tcp() + "#" + publicPrefix + strings.Repeat("0f", keyLength), "build.key", "the broker has another key than expected: " + s.tcp()},
+			{plain + "#" + s.broker, "build.key", "the broker takes no keys: " + plain},
+		} {
+			t.Run(test.want, func(t *testing.T) {
+				t.Parallel()
+				s := &system{t, s.dir, s.endpoint, nil}
+				cmd := s.command(language, libraries[language].library, "service", "-b", test.endpoint, "--key", filepath.Join(s.dir, test.key), "peer", "true")
+				cmd.Stderr = nil
+				stderr, err := cmd.StderrPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				log := bufio.NewReader(stderr)
+				line, err := log.ReadString('\n')
+				if got := strings.ReplaceAll(line, "brokerKey", "broker_key"); err != nil || got != "peer: refused: "+test.want+"; trying again in 30s\n" {
+					t.Errorf("it said %q, %v, want %q", got, err, test.want)
+				}
+				time.Sleep(time.Second) // It does not try again so soon,
+				begin := time.Now()     // and ends when it is told.
+				cmd.Process.Signal(syscall.SIGTERM)
+				rest, _ := io.ReadAll(log)
+				if err := cmd.Wait(); err != nil || len(rest) > 0 || time.Since(begin) > 10*time.Second {
+					t.Errorf("it ended with %v after %v and said %q", err, time.Since(begin), rest)
+				}
+			})
+		}
+	})
+}
+
+func TestBadKeysAreUsageErrorsWithoutTheSecretInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := &peerKeysSystem{system: newSystemWithoutBroker(t)}
+		s.broker = s.keygen("broker")
+		s.keygen("ann")
+		secret := s.secret("ann")
+		for name, content := range map[string]string{
+			"public.key": s.broker + "\n", "empty.key": "# nothing\n\n", "short.key": secret[:50] + "\n", "two.key": secret + "\n" + secret + "\n",
+		} {
+			if err := os.WriteFile(s.path(name), []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.keygen("shared")
+		if err := os.Chmod(s.path("shared.key"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		const tcp, digits = "tcp://127.0.0.1:1", "(bbsec- and 64 hexadecimal digits)"
+		file := func(name string) peerKeysOptions {
+			return peerKeysOptions{"broker": tcp + "#" + s.broker, "key": s.path(name)}
+		}
+		var options []peerKeysOptions
+		var want []string
+		for _, test := range []struct {
+			options peerKeysOptions
+			want    string
+		}{
+			{file("shared.key"), "key: " + s.path("shared.key") + " has mode 0644: others may read it"},
+			{file("public.key"), "key: " + s.path("public.key") + ": that is a public key; a secret key is wanted"},
+			{file("empty.key"), "key: " + s.path("empty.key") + ": the file has no secret key"},
+			{file("short.key"), "key: " + s.path("short.key") + ": not a file with one secret key " + digits},
+			{file("two.key"), "key: " + s.path("two.key") + ": not a file with one secret key " + digits},
+			{file("missing.key"), "key: "},
+			{file("nul\x00.key"), "key: "},
+			{peerKeysOptions{"broker": tcp + "#" + s.broker, "key": secret}, "key: that is a secret key; the name of the file that has it is wanted"},
+			{peerKeysOptions{"broker": tcp, "key": s.path("ann.key")}, "key needs broker_key, the public key of the broker"},
+			{peerKeysOptions{"broker": tcp, "broker_key": secret}, "broker_key: that is a secret key, which nobody else may see; a public key is wanted"},
+			{peerKeysOptions{"broker": tcp, "broker_key": " " + secret}, "broker_key: that is a secret key, which nobody else may see; a public key is wanted"},
+			{peerKeysOptions{"broker": tcp + "#" + secret}, "the key in " + tcp + ": that is a secret key, which nobody else may see; a public key is wanted"},
+			{peerKeysOptions{"broker": "127.0.0.1:1#" + secret}, "broker must be tcp://HOST:PORT or ipc:///PATH, not '127.0.0.1:1'"},
+			{peerKeysOptions{"broker": tcp, "broker_key": "bbpub-12"}, "broker_key: 'bbpub-12' is not a public key (bbpub- and 64 hexadecimal digits)"},
+			{peerKeysOptions{"broker": tcp, "broker_key": strings.Repeat("~", 40)}, "broker_key: '" + strings.Repeat("~", 40) + "' is not a public key (bbpub- and 64 hexadecimal digits)"},
+			{peerKeysOptions{"broker": tcp, "broker_key": strings.Repeat("#", 40)}, "broker_key: '" + strings.Repeat("#", 40) + "' is not a public key (bbpub- and 64 hexadecimal digits)"},
+			{peerKeysOptions{"broker": tcp + "#"}, "the key in " + tcp + ": '' is not a public key (bbpub- and 64 hexadecimal digits)"},
+			{peerKeysOptions{"broker": tcp + "#" + s.broker, "broker_key": publicPrefix + strings.Repeat("0f", keyLength)}, "broker_key is another key than that in " + tcp},
+			{peerKeysOptions{"broker": "ipc://x", "key": s.path("ann.key")}, "an ipc endpoint takes no keys: ipc://x"},
+			{peerKeysOptions{"broker": "ipc://x", "broker_key": s.broker}, "an ipc endpoint takes no keys: ipc://x"},
+		} {
+			options, want = append(options, test.options), append(want, "UsageError 64 "+test.want)
+		}
+		for i, got := range peerKeysAsk(s.system, language, nil, options...) {
+			if got != want[i] && (!strings.HasSuffix(want[i], ": ") || !strings.HasPrefix(got, want[i])) {
+				t.Errorf("the result of %q is %q, want %q", options[i], got, want[i])
+			}
+			if strings.Contains(got, secret[len(secretPrefix):][:40]) {
+				t.Errorf("the result of %q shows the secret key: %q", options[i], got)
+			}
+		}
+		// A variable is named as what it is.
+		got := peerKeysAsk(s.system, language, []string{"BACKBONE_KEY=" + s.path("shared.key"), "BACKBONE_BROKER_KEY=x"},
+			peerKeysOptions{"broker": tcp}, peerKeysOptions{"broker": tcp, "key": s.path("ann.key")})
+		if want := []string{"UsageError 64 BACKBONE_KEY: " + s.path("shared.key") + " has mode 0644: others may read it",
+			"UsageError 64 BACKBONE_BROKER_KEY: 'x' is not a public key (bbpub- and 64 hexadecimal digits)"}; !slices.Equal(got, want) {
+			t.Errorf("the results are %q, want %q", got, want)
+		}
+	})
+}
+
+func TestClientsAndServicesDoNotShowTheirSecretInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	programs := map[string]string{
+		"python": `
+import sys
+from backbone import *
+for peer in BackboneClient(key=sys.argv[1]), BackboneService('peer', print, key=sys.argv[1]):
+    print(peer, vars(peer), peer.get_endpoint())`,
+		"javascript": `
+const { BackboneClient, BackboneService } = require('backbone');
+const options = { key: process.argv[1] };
+for (const peer of [new BackboneClient(null, null, options), new BackboneService('peer', () => {}, options)]) {
+  console.log(require('util').inspect(peer, { showHidden: true, depth: null }), JSON.stringify(peer), peer.getEndpoint());
+}`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := &peerKeysSystem{system: newSystemWithoutBroker(t)}
+		s.endpoint = "tcp://127.0.0.1:1#" + s.keygen("broker")
+		s.keygen("ann")
+		output, err := s.inlineCommand(language, programs[language], s.path("ann.key")).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, _ := hex.DecodeString(s.secret("ann")[len(secretPrefix):])
+		secret := secretKey(raw)
+		var spelled []string // as hexadecimal, Z85, and the first bytes as JavaScript prints them
+		for _, b := range raw[:8] {
+			spelled = append(spelled, fmt.Sprint(b))
+		}
+		for _, form := range []string{hex.EncodeToString(raw[:8]), secret.z85(), strings.Join(spelled, ","), fmt.Sprintf("% x", raw[:8])} {
+			if strings.Contains(string(output), form) {
+				t.Errorf("it printed %q, which has the secret key as %s", output, form)
+			}
+		}
+	})
+}
+
+func TestKeysOfTheEnvironmentAreNotForIPCInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystem(t, "--heartbeat", "1s")
+		variables := []string{"BACKBONE_KEY=/no/such/file", "BACKBONE_BROKER_KEY=nonsense"}
+		if err := peerKeysWith(s.peerCommand(language, "service", "peer"), variables...).Start(); err != nil {
+			t.Fatal(err)
+		}
+		if got := peerKeysAsk(s, language, variables, peerKeysOptions{}); got[0] != "hello" {
+			t.Errorf("the result is %q", got)
+		}
+	})
+}

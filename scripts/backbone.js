@@ -17,13 +17,15 @@
  * The file is also a program: backbone.js request|service --help
  */
 const crypto = require('crypto');
+const fs = require('fs');
+const net = require('net');
 const os = require('os');
 const { format, inspect } = require('util');
 const { spawn } = require('child_process');
 const v8 = require('v8');
 const vm = require('vm');
 const { Worker, parentPort, workerData } = require('worker_threads');
-const { Dealer } = require('zeromq');
+const { Dealer, capability, curveKeyPair } = require('zeromq');
 
 const CLIENT = 'MDPC01', WORKER = 'MDPW01';
 const READY = '\x01', REQUEST = '\x02', REPLY = '\x03', HEARTBEAT = '\x04', DISCONNECT = '\x05';
@@ -37,11 +39,17 @@ const MAX_TIMEOUT = 2 ** 31; // (24 days) the limit of setTimeout; a longer time
 const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some brokers do not support
 const MAX_CONNECTIONS = 128; // of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 const IDLE_PATIENCE = 100; // before an idle connection is closed; an open one keeps the process running
+const REFUSED_PAUSE = 30000; // before a service tries again that its broker refused: somebody has to change what it may
+
+const PUBLIC_PREFIX = 'bbpub-', SECRET_PREFIX = 'bbsec-'; // of keys as text; 64 hexadecimal digits follow
+const NOT_ALLOWED = '77'; // the frame by which bbroker tells a service why it sends DISCONNECT
+const MAX_FAILED = 3; // handshakes in a row that fail without a reason before it is the keys; a broker that stops may cause one
 
 /**
  * @typedef {string|Buffer} Frame
  * @typedef {undefined|null|Frame|Frame[]} Message
- * @typedef {{host?: string, port?: number|string, broker?: string, encoding?: string|null}} Options
+ * @typedef {{broker?: string, key?: string, brokerKey?: string}} Address
+ * @typedef {{host?: string, port?: number|string, encoding?: string|null} & Address} Options
  */
 
 /** A request or a service failed. status is the exit status that brequest would have. */
@@ -73,9 +81,14 @@ class ConnectionLost extends BackboneError {
   constructor(message) { super(message, 69); }
 }
 
-/** The broker sent an invalid reply. */
+/** The broker sent an invalid reply, or takes no keys. */
 class ProtocolError extends BackboneError {
   constructor(message) { super(message, 76); }
+}
+
+/** The broker does not admit the key. */
+class NotAllowed extends BackboneError {
+  constructor(message) { super(message, 77); }
 }
 
 /** The service failed. Throw it in on_request to send this failure to the client. */
@@ -116,7 +129,8 @@ function endpointOf(host, port, broker) {
   if (!broker && !host && !port) [source, broker] = ['BACKBONE_BROKER', process.env.BACKBONE_BROKER];
   if (broker) {
     if (!/^(tcp|ipc):\/\//.test(broker)) {
-      throw new UsageError(`${source} must be tcp://HOST:PORT or ipc:///PATH, not ${inspect(broker)}`);
+      // What follows # may be a secret key, by mistake.
+      throw new UsageError(`${source} must be tcp://HOST:PORT or ipc:///PATH, not ${inspect(String(broker).split('#')[0])}`);
     }
     return String(broker);
   }
@@ -129,17 +143,150 @@ function endpointOf(host, port, broker) {
   return `tcp://${host.includes(':') ? `[${host.replace(/^\[|\]$/g, '')}]` : host}:${port}`;
 }
 
+/** Returns the endpoint of the broker, and the Keys for connections to it, if any. */
+function addressOf(host, port, { broker, key, brokerKey }) {
+  let endpoint = endpointOf(host, port, broker);
+  if (endpoint.startsWith('ipc://')) { // the environment may have keys for other endpoints
+    if (key || brokerKey) throw new UsageError(`an ipc endpoint takes no keys: ${endpoint}`);
+    return { endpoint };
+  }
+  let text, hasKey;
+  [endpoint, hasKey, text] = /^([^#]*)(#?)([^]*)$/.exec(endpoint).slice(1);
+  let source = `the key in ${endpoint}`;
+  if (!hasKey) [source, text] = setBy('brokerKey', brokerKey, 'BACKBONE_BROKER_KEY');
+  else if (brokerKey && String(brokerKey) !== text) {
+    throw new UsageError(`brokerKey is another key than that in ${endpoint}`);
+  }
+  const [ownSource, file] = setBy('key', key, 'BACKBONE_KEY');
+  const own = file ? readSecretKey(ownSource, file) : undefined;
+  if (text || hasKey) return { endpoint, keys: new Keys(parsePublicKey(source, String(text)), own) };
+  if (own) throw new UsageError(`${ownSource} needs brokerKey, the public key of the broker`);
+  return { endpoint };
+}
+
+/** Returns an option, or else an environment variable: its name and its value. */
+function setBy(name, value, variable) {
+  return value ? [name, value] : [variable, process.env[variable]];
+}
+
+/** The keys for connections to a broker. As an object of this class it does not show the secret key. */
+class Keys {
+  #broker;
+  #own; // undefined for a new key that nobody knows
+
+  constructor(broker, own) {
+    if (!capability.curve) throw new BackboneError('this libzmq has no CURVE, which keys need', 69);
+    this.#broker = broker;
+    this.#own = own;
+  }
+
+  /** Returns what is the same in another thread. */
+  plain() {
+    return [this.#broker, this.#own];
+  }
+
+  get hasOwn() {
+    return Boolean(this.#own);
+  }
+
+  /** Returns the options of a socket. */
+  options() {
+    const { publicKey, secretKey } = this.#own
+      ? { publicKey: z85Encode(publicKeyOf(this.#own)), secretKey: z85Encode(this.#own) }
+      : curveKeyPair();
+    return { curveServerKey: z85Encode(this.#broker), curvePublicKey: publicKey, curveSecretKey: secretKey };
+  }
+}
+
+/** Returns the public key of a secret one. CURVE's keys are those of X25519, which Node.js reads as PKCS #8. */
+function publicKeyOf(secret) {
+  const key = Buffer.concat([Buffer.from('302e020100300506032b656e04220420', 'hex'), secret]);
+  const pair = crypto.createPublicKey(crypto.createPrivateKey({ key, format: 'der', type: 'pkcs8' }));
+  return pair.export({ format: 'der', type: 'spki' }).subarray(-32);
+}
+
+const Z85 = '0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#';
+
+/** Returns bytes, of which there are a multiple of four, as text (RFC 32). */
+function z85Encode(bytes) {
+  let text = '';
+  for (let at = 0; at < bytes.length; at += 4) {
+    const value = bytes.readUInt32BE(at);
+    for (const power of [4, 3, 2, 1, 0]) text += Z85[Math.floor(value / 85 ** power) % 85];
+  }
+  return text;
+}
+
+/** The inverse of z85Encode. Returns undefined for text that is not Z85. */
+function z85Decode(text) {
+  const bytes = Buffer.alloc(text.length / 5 * 4);
+  for (let group = 0; group < text.length / 5; group++) {
+    const digits = [...text.slice(5 * group, 5 * group + 5)].map(digit => Z85.indexOf(digit));
+    const value = digits.reduce((sum, digit) => sum * 85 + digit, 0);
+    if (digits.includes(-1) || value >= 2 ** 32) return undefined;
+    bytes.writeUInt32BE(value, 4 * group);
+  }
+  return bytes;
+}
+
+/** Returns the bytes of a public key: in our form, or in the Z85 of other tools. */
+function parsePublicKey(source, text) {
+  const ours = /^bbpub-([0-9a-fA-F]{64})$/.exec(text);
+  if (ours) return Buffer.from(ours[1], 'hex');
+  if (text.includes(SECRET_PREFIX)) {
+    throw new UsageError(`${source}: that is a secret key, which nobody else may see; a public key is wanted`);
+  }
+  const key = text.length === 40 && !text.startsWith(PUBLIC_PREFIX) ? z85Decode(text) : undefined;
+  if (key) return key;
+  const shown = inspect(text.slice(0, 80));
+  throw new UsageError(`${source}: ${shown} is not a public key (${PUBLIC_PREFIX} and 64 hexadecimal digits)`);
+}
+
+/** Returns the bytes of the secret key in a file that nobody else may read: its only line that is no comment. */
+function readSecretKey(source, file) {
+  if (String(file).includes(SECRET_PREFIX) && !fs.existsSync(file)) {
+    throw new UsageError(`${source}: that is a secret key; the name of the file that has it is wanted`);
+  }
+  let stat, content;
+  try {
+    const descriptor = fs.openSync(file);
+    try {
+      stat = fs.fstatSync(descriptor);
+      content = fs.readFileSync(descriptor, 'latin1');
+    } finally {
+      fs.closeSync(descriptor);
+    }
+  } catch (cause) {
+    throw new UsageError(`${source}: ${cause.message}`, { cause });
+  }
+  const keys = content.split('\n').map(line => line.trim()).filter(line => line && !line.startsWith('#'));
+  const key = /^bbsec-([0-9a-fA-F]{64})$/.exec(keys[0]);
+  let why;
+  if (!keys.length) why = 'the file has no secret key';
+  else if (keys[0].startsWith(PUBLIC_PREFIX)) why = 'that is a public key; a secret key is wanted';
+  else if (keys.length > 1 || !key) why = `not a file with one secret key (${SECRET_PREFIX} and 64 hexadecimal digits)`;
+  if (why) throw new UsageError(`${source}: ${file}: ${why}`);
+  // A file of somebody else, as a credential of systemd is, may be there for the group of this process.
+  const forbidden = stat.uid === process.geteuid() ? 0o077 : 0o007;
+  if (stat.isFile() && stat.mode & forbidden) {
+    const mode = (stat.mode & 0o777).toString(8).padStart(4, '0');
+    throw new UsageError(`${source}: ${file} has mode ${mode}: others may read it`);
+  }
+  return Buffer.from(key[1], 'hex');
+}
+
 /** Returns a socket that connects to an endpoint. watch is called with the socket before it connects. */
-function dealer(endpoint, tool, watch = () => {}) {
+function dealer(endpoint, keys, tool, watch = () => {}) {
   let socket;
   try {
     socket = new Dealer({
       // Unique and printable. It names the tool, the host and the process.
-      routingId: `${tool}.${os.hostname().slice(0, 200)}.${process.pid}.${crypto.randomBytes(4).toString('hex')}`,
+      routingId: `${tool}.${os.hostname().slice(0, 200)}.${process.pid}.${crypto.randomBytes(8).toString('hex')}`,
       linger: 0,
       reconnectInterval: 20,
       reconnectMaxInterval: 1000,
       ipv6: endpoint.includes('['),
+      ...(keys && keys.options()),
     });
     watch(socket);
   } catch (cause) {
@@ -152,6 +299,60 @@ function dealer(endpoint, tool, watch = () => {}) {
     throw new UsageError(`connect ${endpoint}: ${cause.message}`, { cause });
   }
   return socket;
+}
+
+/**
+ * Returns a promise that rejects with the reason if the broker takes no connection of a socket because of
+ * the keys. Call it before the socket connects.
+ */
+function refusalOf({ events }, endpoint, keys) {
+  const refusal = new Promise((_, reject) => {
+    const refuse = (why, Kind = NotAllowed) => reject(new Kind(`${why}: ${endpoint}`));
+    const mismatch = () => (keys ? refuse('the broker takes no keys', ProtocolError) : refuse('the broker wants a key'));
+    let failed = 0; // handshakes in a row
+    events.on('handshake', () => { failed = 0; });
+    events.on('handshake:error:auth', ({ error }) => {
+      failed++;
+      if (error.status !== 400) return;
+      refuse(keys.hasOwn ? 'the broker does not know this key' : 'the broker admits only keys that it knows');
+    });
+    events.on('handshake:error:protocol', ({ error }) => {
+      failed++;
+      if (error.code === 'ERR_ZMTP_MECHANISM_MISMATCH') mismatch();
+    });
+    events.on('handshake:error:other', async () => {
+      if (++failed < MAX_FAILED) return;
+      const theirs = await mechanismOf(endpoint);
+      if (theirs === (keys ? 'NULL' : 'CURVE')) mismatch();
+      else if (theirs === 'CURVE') refuse('the broker has another key than expected');
+    });
+  });
+  refusal.catch(() => {});
+  return refusal;
+}
+
+/**
+ * Resolves to CURVE if the broker at an endpoint takes keys, to NULL if it takes none, and to nothing if that
+ * is unknown. If keys are the matter, ZeroMQ may close a connection before it has said so. To a peer that
+ * stops in the middle of its greeting (ZMTP 3.0, RFC 23), it sends all of its own.
+ */
+function mechanismOf(endpoint) {
+  return new Promise(resolve => {
+    const [, host, port] = /^tcp:\/\/\[?(.*?)\]?:(\d+)$/.exec(endpoint) || [];
+    if (!port || port > 65535) {
+      resolve();
+      return;
+    }
+    let greeting = Buffer.alloc(0);
+    const connection = net.connect({ host, port, timeout: 1000 });
+    connection.write(Buffer.from('ff00000000000000017f03', 'hex'));
+    connection.on('data', data => {
+      greeting = Buffer.concat([greeting, data]);
+      if (greeting.length >= 32) connection.destroy();
+    });
+    connection.on('timeout', () => connection.destroy()).on('end', () => connection.destroy()).on('error', () => {});
+    connection.on('close', () => resolve(greeting.toString('latin1', 12, 32).replace(/\0/g, '')));
+  });
 }
 
 /** Returns a timeout in milliseconds, or 0 for none. */
@@ -247,13 +448,17 @@ class Connection {
     if (active + idle.size > MAX_CONNECTIONS) idle.forEach(connection => connection.close());
     this.client = client;
     this.connected = this.lost = false;
-    this.socket = dealer(client.endpoint, 'brequest', ({ events }) => {
+    this.dead = false; // lost or refused
+    this.socket = dealer(client.endpoint, client._keys, 'brequest', socket => {
+      const { events } = socket;
+      this.refused = refusalOf(socket, client.endpoint, client._keys);
+      this.refused.catch(() => { this.dead = true; });
       this.ready = new Promise(resolve => {
         events.on('handshake', () => { this.connected = true; resolve(); });
       });
       this.broken = new Promise(resolve => {
         events.on('disconnect', () => {
-          if (this.connected) { this.lost = true; resolve(); }
+          if (this.connected) { this.dead = this.lost = true; resolve(); }
         });
       });
     });
@@ -261,16 +466,22 @@ class Connection {
 
   /** Sends a request and resolves to the frames of the reply. Rejects when failure does. */
   async ask(frames, failure) {
-    await this.socket.send(['', ...frames]);
+    const sent = this.socket.send(['', ...frames]);
+    sent.catch(() => {}); // it rejects when the socket is closed
+    await Promise.race([sent, failure, this.refused]);
     this.arrival = this.socket.receive();
-    this.arrival.catch(() => {}); // it rejects when the socket is closed
+    this.arrival.catch(() => {});
     // A broker that stops may send a reply just before it closes the connection. zeromq may
     // deliver the reply after the disconnect event.
     const lost = this.broken.then(() => new Promise(resolve => setTimeout(resolve, 100))).then(() => {
       throw new ConnectionLost(`lost the broker at ${this.client.endpoint} before its reply`);
     });
     lost.catch(() => {});
-    const reply = await Promise.race([this.arrival, failure, lost]);
+    const refused = this.refused.catch(error => {
+      if (this.lost) return lost; // and then the next connection was refused
+      throw error;
+    });
+    const reply = await Promise.race([this.arrival, failure, lost, refused]);
     if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: no empty first frame, or too few frames');
     return reply.slice(1);
   }
@@ -309,12 +520,14 @@ class BackboneClient {
   /**
    * @param {string} [host]
    * @param {number|string} [port]
-   * @param {{broker?: string, encoding?: string|null}} [options]
+   * @param {{encoding?: string|null} & Address} [options]
    */
-  constructor(host, port, { broker, encoding = 'utf8' } = {}) {
+  constructor(host, port, { encoding = 'utf8', ...address } = {}) {
     this.host = host;
     this.port = port;
-    this.endpoint = endpointOf(host, port, broker);
+    const { endpoint, keys } = addressOf(host, port, address);
+    this.endpoint = endpoint;
+    this._keys = keys;
     this.encoding = encoding;
   }
 
@@ -326,7 +539,12 @@ class BackboneClient {
   async connect() {
     const connection = new Connection(this);
     idle.add(connection);
-    await connection.ready;
+    try {
+      await Promise.race([connection.ready, connection.refused]);
+    } catch (error) {
+      connection.close();
+      throw error;
+    }
     if (idle.has(connection)) connection.rest();
     return this;
   }
@@ -407,7 +625,7 @@ class BackboneClient {
     for (const connection of idle) {
       if (connection.client !== this) continue;
       connection.wake();
-      if (!connection.lost) return connection;
+      if (!connection.dead) return connection;
       connection.close();
     }
     return new Connection(this);
@@ -434,6 +652,11 @@ function failureOf(error) {
   return framesOf(['', `${error && error.stack ? `${error.name}: ${error.message}` : format('%s', error)}\n`, 'exit status 1']);
 }
 
+/** Returns text as it is, or quoted if it would break a line or hide something. */
+function printable(text) {
+  return /\p{C}/u.test(text) ? inspect(text) : text;
+}
+
 /** Collects garbage, which an idle process does not do by itself. */
 function collect() {
   v8.setFlagsFromString('--expose-gc');
@@ -453,10 +676,12 @@ class BackboneService {
    * @param {(message: any[], reply: (message?: Message) => void) => any} on_request
    * @param {Options & {log?: (text: string) => void}} [options]
    */
-  constructor(service, on_request, { host, port, broker, encoding = 'utf8', log } = {}) {
+  constructor(service, on_request, { host, port, encoding = 'utf8', log, ...address } = {}) {
     this.service = service;
     this.on_request = on_request;
-    this.endpoint = endpointOf(host, port, broker);
+    const { endpoint, keys } = addressOf(host, port, address);
+    this.endpoint = endpoint;
+    this._keys = keys;
     this.encoding = encoding;
     this.log = log || (text => console.error(`${service}: ${text}`));
     this._forgotten = new FinalizationRegistry(token => this._refuse(token, NO_REPLY)); // reply functions
@@ -468,8 +693,10 @@ class BackboneService {
 
   /** Serves in the background. Registers as soon as the broker can be reached. */
   connect() {
-    dealer(this.endpoint, 'bservice').close(); // fails here, and not in the thread, if the endpoint is bad
-    this._thread = new Worker(__filename, { workerData: { backboneService: this.service, endpoint: this.endpoint } });
+    dealer(this.endpoint, this._keys, 'bservice').close(); // fails here, and not in the thread, if the endpoint is bad
+    this._thread = new Worker(__filename, {
+      workerData: { backboneService: this.service, endpoint: this.endpoint, keys: this._keys && this._keys.plain() },
+    });
     this._thread.on('message', ({ log, token, body }) => (log ? this.log(log) : this._serve(token, body)));
     this._ended = new Promise((resolve, reject) => this._thread.on('exit', resolve).on('error', reject));
     return this;
@@ -550,35 +777,47 @@ class BackboneService {
 }
 
 /** Runs the thread of a BackboneService. Registers again after each loss, until it is told to stop. */
-async function keepRegistered({ backboneService: service, endpoint }) {
-  let session;
+async function keepRegistered({ backboneService: service, endpoint, keys: plain }) {
+  const keys = plain && new Keys(...plain.map(key => key && Buffer.from(key)));
+  let session, wake;
   let stopping = false;
   parentPort.on('message', ({ stop, token, body }) => {
     if (stop) stopping = true;
+    if (stop && wake) wake();
     if (session && token !== undefined) session.reply(token, body);
     if (session && stop) session.endIfIdle();
   });
   for (let number = 0; !stopping; number++) {
-    let why;
+    let log, pause = HEARTBEAT_INTERVAL / 2; // it limits the rate if the broker keeps rejecting the service
     try {
-      session = new Session(service, endpoint, number, () => stopping);
-      why = await session.over;
+      session = new Session(service, { endpoint, keys }, number, () => stopping);
+      log = `${await session.over}; reconnecting to ${endpoint}`;
+      if (session.refused) {
+        pause = REFUSED_PAUSE;
+        log = `refused: ${session.why}; trying again in ${pause / 1000}s`;
+      }
     } catch (error) {
-      why = error.message;
+      log = `${error.message}; reconnecting to ${endpoint}`;
     }
     if (stopping) break;
-    parentPort.postMessage({ log: `${why}; reconnecting to ${endpoint}` });
-    // Limit the rate if the broker keeps rejecting the service.
-    await new Promise(resolve => setTimeout(resolve, HEARTBEAT_INTERVAL / 2));
+    parentPort.postMessage({ log });
+    let timer;
+    await new Promise(resolve => {
+      wake = resolve;
+      timer = setTimeout(resolve, pause);
+    });
+    clearTimeout(timer);
   }
   parentPort.close();
 }
 
 /** One registration, from READY to DISCONNECT, on a new socket. over resolves to the reason why it ended. */
 class Session {
-  constructor(service, endpoint, number, stopping) {
-    Object.assign(this, { number, stopping, requests: 0, heard: Date.now() });
-    this.socket = dealer(endpoint, 'bservice');
+  constructor(service, { endpoint, keys }, number, stopping) {
+    Object.assign(this, { number, stopping, requests: 0, heard: Date.now(), refused: false });
+    this.socket = dealer(endpoint, keys, 'bservice', socket => {
+      refusalOf(socket, endpoint, keys).catch(error => this.refuse(error.message));
+    });
     this.sent = Promise.resolve();
     this.over = new Promise(resolve => { this.end = resolve; });
     this.send(READY, service);
@@ -589,6 +828,14 @@ class Session {
   send(...frames) {
     // zeromq allows only one send at a time.
     this.sent = this.sent.then(() => this.socket.send(['', WORKER, ...frames])).catch(() => {});
+  }
+
+  /** Ends the session because of what the key may not. */
+  refuse(why) {
+    if (this.why) return;
+    this.why = why;
+    this.refused = true;
+    this.endIfIdle();
   }
 
   tick() {
@@ -604,7 +851,9 @@ class Session {
       if (frames[0].length === 0) frames = frames.slice(1); // the broker of Dispatchr Backbone may omit it
       const [protocol, command, ...rest] = frames.map(String);
       if (protocol !== WORKER) continue;
-      if (command === DISCONNECT) this.why = 'the broker sent DISCONNECT';
+      // bbroker tells a service what its key may not.
+      if (command === DISCONNECT && rest.length === 2 && rest[0] === NOT_ALLOWED) this.refuse(printable(rest[1]));
+      else if (command === DISCONNECT) this.why = this.why || 'the broker sent DISCONNECT';
       const cut = rest.indexOf('');
       if (command === REQUEST && cut >= 0 && !this.address) {
         this.address = frames.slice(2, 2 + cut + 1);
@@ -633,10 +882,12 @@ class Session {
       this.send(DISCONNECT);
       this.socket.linger = 1000;
     }
-    this.sent.then(() => {
+    const end = () => {
       this.socket.close();
       this.end(this.why);
-    });
+    };
+    if (this.refused) end(); // what is not sent yet may never be
+    else this.sent.then(end);
   }
 }
 
@@ -648,10 +899,10 @@ class CmdService extends BackboneService {
    * @param {string|null} [host]
    * @param {number|string|null} [port]
    * @param {string[]} [options]
-   * @param {{broker?: string, stdin?: boolean, log?: (text: string) => void}} [flags]
+   * @param {{stdin?: boolean, log?: (text: string) => void} & Address} [flags]
    */
-  constructor(service, cmd, host, port, options = [], { broker, stdin = false, log } = {}) {
-    super(service, (message, reply) => this._run(message, reply), { host, port, broker, log, encoding: null });
+  constructor(service, cmd, host, port, options = [], { broker, key, brokerKey, stdin = false, log } = {}) {
+    super(service, (message, reply) => this._run(message, reply), { host, port, broker, key, brokerKey, log, encoding: null });
     this.command = [cmd, ...options];
     this.stdin = stdin;
   }
@@ -700,18 +951,21 @@ request works like brequest, and service like bservice, with these flags:
                             service: use the last argument as standard input
       --host HOST           host of the broker (127.0.0.1)
   -p, --port PORT           port of the broker (5555)
-  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+      --broker-key KEY      public key of the broker, for one that takes keys
+      --key FILE            one's own secret key, which the broker knows
   -q, --quiet               print errors only
   -h, --help                print this help
 `;
 
-const TAKES_VALUE = ['--timeout', '--host', '--port', '--broker'];
+const PLACE = ['--host', '--port', '--broker', '--broker-key', '--key'];
+const TAKES_VALUE = ['--timeout', ...PLACE];
 const SHORT = {
   '-t': '--timeout', '-n': '--no-input', '-0': '--null', '-p': '--port', '-b': '--broker', '-q': '--quiet', '-h': '--help',
 };
 const FLAGS = {
-  request: ['--timeout', '--no-input', '--null', '--stdin', '--host', '--port', '--broker', '--quiet', '--help'],
-  service: ['--stdin', '--host', '--port', '--broker', '--quiet', '--help'],
+  request: [...TAKES_VALUE, '--no-input', '--null', '--stdin', '--quiet', '--help'],
+  service: [...PLACE, '--stdin', '--quiet', '--help'],
 };
 
 /** Returns the flags, the name and the rest. Flags end at -- or at the first argument after the name. */
@@ -777,6 +1031,10 @@ function write(data) {
   });
 }
 
+function addressIn(flags) {
+  return { broker: flags['--broker'], key: flags['--key'], brokerKey: flags['--broker-key'] };
+}
+
 async function request({ flags, name, rest }) {
   const timeout = duration(flags['--timeout'] || '30');
   const separator = '--null' in flags ? '\0' : '\n';
@@ -786,7 +1044,7 @@ async function request({ flags, name, rest }) {
 
   const stop = new AbortController();
   for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => stop.abort({ signal }));
-  const client = new BackboneClient(flags['--host'], flags['--port'], { broker: flags['--broker'], encoding: null });
+  const client = new BackboneClient(flags['--host'], flags['--port'], { ...addressIn(flags), encoding: null });
   const reply = await client.send(name, message, timeout, { signal: stop.signal });
   await write(Array.isArray(reply) ? Buffer.concat(reply.flatMap(frame => [frame, Buffer.from(separator)])) : reply);
   await client.disconnect();
@@ -796,7 +1054,7 @@ async function service({ flags, name, rest }) {
   if (!rest.length) throw new UsageError(`no command for ${name}`);
   const log = '--quiet' in flags ? () => {} : undefined;
   const served = new CmdService(name, rest[0], flags['--host'], flags['--port'], rest.slice(1),
-    { broker: flags['--broker'], stdin: '--stdin' in flags, log });
+    { ...addressIn(flags), stdin: '--stdin' in flags, log });
   await served.start();
 }
 
@@ -836,5 +1094,5 @@ if (workerData && workerData.backboneService !== undefined && parentPort) {
 
 module.exports = {
   BackboneClient, BackboneClientMessage, BackboneService, CmdService,
-  BackboneError, UsageError, RequestTimeout, NoBroker, ConnectionLost, ProtocolError, StatusError,
+  BackboneError, UsageError, RequestTimeout, NoBroker, ConnectionLost, ProtocolError, NotAllowed, StatusError,
 };

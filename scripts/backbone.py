@@ -29,6 +29,8 @@ import queue
 import re
 import signal
 import socket as sockets
+import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -37,6 +39,7 @@ import weakref
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Union
 
 import zmq
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 Frame = Union[str, bytes]
@@ -56,6 +59,12 @@ MAX_TIMEOUT = 2**31 / 1000  # seconds (24 days); a longer timeout counts as none
 MAX_CONNECTIONS = 128     # of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 COLLECT_PAUSES = 0.1, 60  # seconds, the first and the longest, between collections while a reply is missing
 CANCEL_PATIENCE = 0.5     # seconds to wait for the reply to mmi.cancel, which some brokers do not support
+REFUSED_PAUSE = 30.0      # seconds before a service tries again that its broker refused: somebody has to change what it may
+
+PUBLIC_PREFIX, SECRET_PREFIX = 'bbpub-', 'bbsec-'  # of keys as text; 64 hexadecimal digits follow
+NOT_ALLOWED = b'77'       # the frame by which bbroker tells a service why it sends DISCONNECT
+NO_COMMON_MECHANISM = 0x11000002  # the value of HANDSHAKE_FAILED_PROTOCOL if one side wants keys and the other none
+MAX_FAILED = 3            # handshakes in a row that fail without a reason before it is the keys; a broker that stops may cause one
 
 
 class BackboneError(Exception):
@@ -89,8 +98,13 @@ class ConnectionLost(BackboneError):
 
 
 class ProtocolError(BackboneError):
-    """The broker sent an invalid reply."""
+    """The broker sent an invalid reply, or takes no keys."""
     status = 76
+
+
+class NotAllowed(BackboneError):
+    """The broker does not admit the key."""
+    status = 77
 
 
 class StatusError(BackboneError):
@@ -133,8 +147,10 @@ def _endpoint(host, port, broker):
     if not broker and not host and not port:
         source, broker = 'BACKBONE_BROKER', os.environ.get('BACKBONE_BROKER')
     if broker:
-        if not str(broker).startswith(('tcp://', 'ipc://')):
-            raise UsageError('%s must be tcp://HOST:PORT or ipc:///PATH, not %r' % (source, broker))
+        broker = str(broker)
+        if not broker.startswith(('tcp://', 'ipc://')):
+            # What follows # may be a secret key, by mistake.
+            raise UsageError('%s must be tcp://HOST:PORT or ipc:///PATH, not %r' % (source, broker.partition('#')[0]))
         return broker
     host = str(host or os.environ.get('BACKBONE_HOST') or '127.0.0.1')
     source = 'port' if port else 'BACKBONE_PORT'
@@ -144,17 +160,101 @@ def _endpoint(host, port, broker):
     return 'tcp://%s:%s' % ('[%s]' % host.strip('[]') if ':' in host else host, port)
 
 
+def _address(host, port, broker, key, broker_key):
+    """Returns the endpoint of the broker, and the _Keys for connections to it, or None."""
+    endpoint = _endpoint(host, port, broker)
+    if endpoint.startswith('ipc://'):  # the environment may have keys for other endpoints
+        if key or broker_key:
+            raise UsageError('an ipc endpoint takes no keys: %s' % endpoint)
+        return endpoint, None
+    endpoint, has_key, text = endpoint.partition('#')
+    source = 'the key in ' + endpoint
+    if not has_key:
+        source, text = _set_by('broker_key', broker_key, 'BACKBONE_BROKER_KEY')
+    elif broker_key and str(broker_key) != text:
+        raise UsageError('broker_key is another key than that in %s' % endpoint)
+    own_source, key = _set_by('key', key, 'BACKBONE_KEY')
+    own = _secret_key(own_source, key) if key else None
+    if text or has_key:
+        return endpoint, _Keys(_public_key(source, str(text)), own)
+    if own:
+        raise UsageError('%s needs broker_key, the public key of the broker' % own_source)
+    return endpoint, None
+
+
+def _set_by(name, value, variable):
+    """Returns an argument, or else an environment variable: its name and its value."""
+    return (name, value) if value else (variable, os.environ.get(variable))
+
+
+class _Keys:
+    """The keys for connections to a broker. As an object of this class it does not show the secret key."""
+
+    def __init__(self, broker, own):
+        if not zmq.has('curve'):
+            raise BackboneError('this libzmq has no CURVE, which keys need', 69)
+        self.broker, self.own = broker, own  # own is None for a new key that nobody knows
+
+    def set(self, socket):
+        if self.own:
+            public, secret = zmq.curve_public(z85.encode(self.own)), self.own
+        else:
+            public, secret = zmq.curve_keypair()
+        socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = self.broker, public, secret
+
+
+def _public_key(source, text):
+    """Returns the bytes of a public key: in our form, or in the Z85 of other tools."""
+    if re.fullmatch(PUBLIC_PREFIX + '[0-9a-fA-F]{64}', text):
+        return bytes.fromhex(text[len(PUBLIC_PREFIX):])
+    if SECRET_PREFIX in text:
+        raise UsageError('%s: that is a secret key, which nobody else may see; a public key is wanted' % source)
+    if len(text) == 40 and not text.startswith(PUBLIC_PREFIX):
+        with contextlib.suppress(LookupError, ValueError, struct.error):
+            return z85.decode(text)
+    raise UsageError('%s: %r is not a public key (%s and 64 hexadecimal digits)' % (source, text[:80], PUBLIC_PREFIX))
+
+
+def _secret_key(source, path):
+    """Returns the bytes of the secret key in a file that nobody else may read: its only line that is no comment."""
+    if SECRET_PREFIX in str(path) and not os.path.exists(path):
+        raise UsageError('%s: that is a secret key; the name of the file that has it is wanted' % source)
+    try:
+        with open(os.fspath(path), 'rb') as file:
+            info, content = os.fstat(file.fileno()), file.read(1 << 16)
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError('%s: %s' % (source, error)) from error
+    lines = [line.strip() for line in content.decode('latin-1').split('\n')]
+    keys = [line for line in lines if line and not line.startswith('#')]
+    why = ''
+    if not keys:
+        why = 'the file has no secret key'
+    elif keys[0].startswith(PUBLIC_PREFIX):
+        why = 'that is a public key; a secret key is wanted'
+    elif len(keys) > 1 or not re.fullmatch(SECRET_PREFIX + '[0-9a-fA-F]{64}', keys[0]):
+        why = 'not a file with one secret key (%s and 64 hexadecimal digits)' % SECRET_PREFIX
+    if why:
+        raise UsageError('%s: %s: %s' % (source, path, why))
+    # A file of somebody else, as a credential of systemd is, may be there for the group of this process.
+    forbidden = 0o077 if info.st_uid == os.geteuid() else 0o007
+    if stat.S_ISREG(info.st_mode) and info.st_mode & forbidden:
+        raise UsageError('%s: %s has mode %04o: others may read it' % (source, path, info.st_mode & 0o777))
+    return bytes.fromhex(keys[0][len(SECRET_PREFIX):])
+
+
 def _identity(tool):
     """Returns a unique, printable identity that names the tool, the host and the process."""
-    return ('%s.%s.%d.%s' % (tool, sockets.gethostname()[:200], os.getpid(), os.urandom(4).hex())).encode()
+    return ('%s.%s.%d.%s' % (tool, sockets.gethostname()[:200], os.getpid(), os.urandom(8).hex())).encode()
 
 
-def _dealer(endpoint, tool):
+def _dealer(endpoint, keys, tool):
     socket = zmq.Context.instance().socket(zmq.DEALER)
     socket.identity = _identity(tool)
     socket.linger = 0
     socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 1000
     socket.ipv6 = '[' in endpoint
+    if keys:
+        keys.set(socket)
     return socket
 
 
@@ -164,6 +264,21 @@ def _connect(socket, endpoint):
     except (zmq.ZMQError, ValueError) as error:
         raise UsageError('connect %s: %s' % (endpoint, error)) from error
     return socket
+
+
+def _mechanism(endpoint):
+    """Returns b'CURVE' if the broker at an endpoint takes keys, b'NULL' if it takes none, or b'' if that is unknown.
+
+    If keys are the matter, ZeroMQ may close a connection before it has said so. To a peer that stops in
+    the middle of its greeting (ZMTP 3.0, RFC 23), it sends all of its own.
+    """
+    host, _, port = endpoint[len('tcp://'):].rpartition(':')
+    with contextlib.suppress(OSError, ValueError):
+        with sockets.create_connection((host.strip('[]'), int(port)), 1) as connection:
+            connection.sendall(b'\xff' + bytes(7) + b'\1\x7f\3')
+            with connection.makefile('rb') as greeting:
+                return greeting.read(32)[12:].rstrip(b'\0')
+    return b''
 
 
 @contextlib.contextmanager
@@ -266,30 +381,56 @@ _clients: 'weakref.WeakSet[BackboneClient]' = weakref.WeakSet()
 
 
 class _Connection:
-    """A socket for one request at a time, and the state of its connection."""
+    """A socket, and the state of its connection. A client has one for each request at a time, a service one."""
 
-    def __init__(self, endpoint):
-        self.socket = _dealer(endpoint, 'brequest')
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    def __init__(self, endpoint, keys, tool):
+        self.socket = _dealer(endpoint, keys, tool)
+        self.monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         # finalize also closes the sockets when self is garbage collected. Without it, the
         # collector would close the monitor before the socket that it monitors.
         self.close = weakref.finalize(self, self._close, self.socket, self.monitor)
+        self.endpoint, self.keys = endpoint, keys
         self.connected = self.lost = False
+        self.failed = 0      # handshakes in a row
+        self.refused = None  # the error that says why no connection will come about
         _connect(self.socket, endpoint)
 
     def update(self):
-        """Updates connected and lost from the events of the monitor."""
+        """Updates connected, lost and refused from the events of the monitor."""
         while self.monitor.poll(0):
-            if recv_monitor_message(self.monitor)['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.connected = True
-            elif self.connected:
-                self.lost = True
+            told = recv_monitor_message(self.monitor)
+            if told['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected, self.failed = True, 0
+            elif told['event'] == zmq.EVENT_DISCONNECTED:
+                self.lost = self.lost or self.connected
+            else:
+                self.failed += 1
+                self.refused = self.refused or self._refusal(told['event'], told['value'])
+
+    def _refusal(self, event, value):
+        """Returns what a failed handshake reveals about the keys, as an error, or None."""
+        kind, why = NotAllowed, ''
+        mismatch = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == NO_COMMON_MECHANISM
+        theirs = b''
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self.failed >= MAX_FAILED:
+            theirs = _mechanism(self.endpoint)
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == 400:
+            why = 'the broker does not know this key' if self.keys.own else 'the broker admits only keys that it knows'
+        elif self.keys and (mismatch or theirs == b'NULL'):
+            kind, why = ProtocolError, 'the broker takes no keys'
+        elif not self.keys and (mismatch or theirs == b'CURVE'):
+            why = 'the broker wants a key'
+        elif theirs == b'CURVE':
+            why = 'the broker has another key than expected'
+        return kind('%s: %s' % (why, self.endpoint)) if why else None
 
     @staticmethod
     def _close(socket, monitor):
         socket.disable_monitor()  # first: otherwise ZeroMQ waits for the monitor forever
         monitor.close(0)
-        socket.close(0)
+        socket.close()
 
 
 class BackboneClient:
@@ -300,11 +441,11 @@ class BackboneClient:
     """
 
     def __init__(self, *address: Any, host: Optional[str] = None, port: Port = None, broker: Optional[str] = None,
-                 encoding: Optional[str] = 'utf-8') -> None:
+                 encoding: Optional[str] = 'utf-8', key: Optional[str] = None, broker_key: Optional[str] = None) -> None:
         # (host, port), or (name, host, port) as in a README of Dispatchr Backbone.
         given = ([None, None] + list(address))[-2:] if len(address) > 2 else (list(address) + [None, None])[:2]
         self.host, self.port = given[0] or host, given[1] or port
-        self.endpoint = _endpoint(self.host, self.port, broker)
+        self.endpoint, self._keys = _address(self.host, self.port, broker, key, broker_key)
         self.encoding = encoding
         self._idle: Deque[_Connection] = collections.deque()
         with _turns.lock:
@@ -348,13 +489,13 @@ class BackboneClient:
         if _turns.taken + sum(len(client._idle) for client in clients) > MAX_CONNECTIONS:
             for client in clients:
                 BackboneClient.disconnect(client)
-        return _Connection(self.endpoint)
+        return _Connection(self.endpoint, self._keys, 'brequest')
 
     def _acquire(self):
         """Returns an idle connection, or a new one."""
         for connection in iter(self._take_idle, None):
             connection.update()
-            if not connection.lost:
+            if not connection.lost and not connection.refused:
                 return connection
             connection.close()
         return self._open()
@@ -411,7 +552,8 @@ class BackboneClient:
         connection = self._acquire()
         socket, monitor = connection.socket, connection.monitor
         try:
-            socket.send_multipart([b''] + frames)
+            with contextlib.suppress(zmq.Again):  # the broker has refused the connection; the monitor tells why
+                socket.send_multipart([b''] + frames, zmq.NOBLOCK)
             while True:
                 left = None if end is None else max(0, end - time.monotonic())
                 ready = await self._poll([socket, monitor], None if left is None else left * 1000 + 1)
@@ -423,6 +565,8 @@ class BackboneClient:
                     break
                 if connection.lost:
                     raise ConnectionLost('lost the broker at %s before its reply' % self.endpoint)
+                if connection.refused:
+                    raise connection.refused
                 if left == 0 and connection.connected:
                     raise RequestTimeout('no reply from %s within %gs' % (self.endpoint, timeout))
                 if left == 0:
@@ -502,12 +646,14 @@ class BackboneService:
 
     def __init__(self, service: str, on_request: OnRequest, host: Host = None,
                  port: Port = None, broker: Optional[str] = None, encoding: Optional[str] = 'utf-8',
-                 log: Optional[Callable[[object], object]] = None) -> None:
+                 log: Optional[Callable[[object], object]] = None,
+                 key: Optional[str] = None, broker_key: Optional[str] = None) -> None:
         if isinstance(host, dict):
             options = host
             host, port, broker = options.get('host'), options.get('port'), options.get('broker')
+            key, broker_key = options.get('key', key), options.get('broker_key', broker_key)
         self.service, self.on_request, self.encoding = service, on_request, encoding
-        self.endpoint = _endpoint(host, port, broker)
+        self.endpoint, self._keys = _address(host, port, broker, key, broker_key)
         self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
         self._requests: Any = queue.Queue()
         self._replies: Any = queue.SimpleQueue()  # reentrant, because the collector may put a reply into it
@@ -530,7 +676,7 @@ class BackboneService:
 
     def _launch(self):
         with _wrap(zmq.ZMQError, self.endpoint):
-            self._connected_socket().close()  # fails here, and not in a thread, if the endpoint is bad
+            self._connection().close()  # fails here, and not in a thread, if the endpoint is bad
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_registered, self._work)]
         for thread in self._threads:
             thread.start()
@@ -634,8 +780,10 @@ class BackboneService:
             self._answer(address, _failure(error))
         return replied
 
-    def _connected_socket(self):
-        return _connect(_dealer(self.endpoint, 'bservice'), self.endpoint)
+    def _connection(self):
+        connection = _Connection(self.endpoint, self._keys, 'bservice')
+        connection.close.atexit = False  # a thread may use it then
+        return connection
 
     def _keep_registered(self):
         """Registers with the broker, again after each loss, until disconnect is called."""
@@ -644,32 +792,50 @@ class BackboneService:
                 why = self._serve()
             except zmq.ZMQError as error:
                 why = error
-            if not self._stopping:
+            if self._stopping:
+                break
+            if isinstance(why, BackboneError):
+                self.log('refused: %s; trying again in %gs' % (why, REFUSED_PAUSE))
+                self._pause(REFUSED_PAUSE)
+            else:
                 self.log('%s; reconnecting to %s' % (why, self.endpoint))
                 # Limit the rate if the broker keeps rejecting the service.
-                time.sleep(HEARTBEAT_INTERVAL / 2)
+                self._pause(HEARTBEAT_INTERVAL / 2)
         self._requests.put(None)
 
+    def _pause(self, seconds):
+        """Waits, but not longer than until disconnect is called."""
+        end = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < end:
+            if _poller([self._wake_receiver.fileno()]).poll(max(0, end - time.monotonic()) * 1000 + 1):
+                self._wake_receiver.recv(4096)
+
     def _serve(self):
-        """Runs one registration, from READY to DISCONNECT, on a new socket. Returns why it ended."""
-        socket = self._connected_socket()
+        """Runs one registration, from READY to DISCONNECT, on a new socket.
+
+        Returns why it ended; if the broker refused the service, as a BackboneError.
+        """
+        connection = self._connection()
+        socket = connection.socket
         send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
-        poller = _poller([socket, self._wake_receiver.fileno()])
+        poller = _poller([socket, connection.monitor, self._wake_receiver.fileno()])
         current = None  # the address of the request in progress
         why, heard, due = None, time.monotonic(), 0
-        send(READY, _bytes(self.service))
         try:
+            send(READY, _bytes(self.service))
             # Wait for the current request even if the session is over: only one runs at a time.
             while current or not (why or self._stopping):
                 ready = dict(poller.poll(max(0, due - time.monotonic()) * 1000 + 1))
                 now = time.monotonic()
                 if self._wake_receiver.fileno() in ready:
                     self._wake_receiver.recv(4096)
+                connection.update()
+                why = why or connection.refused
                 if socket in ready:
                     heard = now
                     kind, rest = _command(socket.recv_multipart())
                     if kind == DISCONNECT:
-                        why = 'the broker sent DISCONNECT'
+                        why = _disconnected(rest)
                     elif kind == REQUEST and b'' in rest and not current:
                         cut = rest.index(b'') + 1
                         current, body = rest[:cut], rest[cut:]
@@ -682,7 +848,7 @@ class BackboneService:
                     if address is current:  # not a second reply, or one for an earlier registration
                         current = None
                         if why:
-                            self.log('reply dropped: ' + why)
+                            self.log('reply dropped: %s' % why)
                         else:
                             send(REPLY, *address, *body)
                 if now >= due:
@@ -696,9 +862,10 @@ class BackboneService:
                 send(DISCONNECT)
                 socket.linger = 1000
         except zmq.Again:
-            why = 'the broker does not accept messages'
+            connection.update()
+            why = connection.refused or 'the broker does not accept messages'
         finally:
-            socket.close()
+            connection.close()
         return why
 
 
@@ -712,6 +879,14 @@ def _failure(error):
     except Exception:
         text = '%s\n' % type(error).__name__
     return [b'', text.encode('utf-8', 'backslashreplace'), b'exit status 1']
+
+
+def _disconnected(body):
+    """Returns why the broker sent DISCONNECT: bbroker tells a service what its key may not."""
+    if len(body) == 2 and body[0] == NOT_ALLOWED:
+        reason = _text(body[1])
+        return NotAllowed(reason if reason.isprintable() else repr(reason))
+    return 'the broker sent DISCONNECT'
 
 
 def _command(frames):
@@ -742,10 +917,11 @@ class CmdService(BackboneService):
     """Serves a command. Runs it with its options, followed by the frames of the request, as arguments."""
 
     def __init__(self, service: str, cmd: Union[str, Sequence[str]], host: Host = None,
-                 port: Port = None, options: Sequence[str] = (), stdin: bool = False, broker: Optional[str] = None) -> None:
+                 port: Port = None, options: Sequence[str] = (), stdin: bool = False, broker: Optional[str] = None,
+                 key: Optional[str] = None, broker_key: Optional[str] = None) -> None:
         self.command = ([cmd] if isinstance(cmd, str) else list(cmd)) + list(options)
         self.stdin = stdin
-        super().__init__(service, self._run, host, port, broker, encoding=None)
+        super().__init__(service, self._run, host, port, broker, encoding=None, key=key, broker_key=broker_key)
 
     def _run(self, message, reply):
         stdin = message.pop() if self.stdin and message else b''
@@ -774,12 +950,14 @@ request works like brequest, and service like bservice, with these flags:
                             service: use the last argument as standard input
       --host HOST           host of the broker (127.0.0.1)
   -p, --port PORT           port of the broker (5555)
-  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT or ipc:///PATH
+  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+      --broker-key KEY      public key of the broker, for one that takes keys
+      --key FILE            one's own secret key, which the broker knows
   -q, --quiet               print errors only
   -h, --help                print this help
 """
 
-TAKES_VALUE = {'--timeout', '--host', '--port', '--broker'}
+TAKES_VALUE = {'--timeout', '--host', '--port', '--broker', '--broker-key', '--key'}
 SHORT = {
     '-t': '--timeout', '-n': '--no-input', '-0': '--null', '-p': '--port', '-b': '--broker', '-q': '--quiet', '-h': '--help',
 }
@@ -831,6 +1009,11 @@ def duration(text):
     raise UsageError('%r is not a duration such as 5, 0.5 or 500ms' % text)
 
 
+def place(flags):
+    """Returns the arguments that tell where the broker is, and the keys."""
+    return {flag[2:].replace('-', '_'): flags.get(flag) for flag in TAKES_VALUE - {'--timeout'}}
+
+
 def request(flags, name, args):
     message = [os.fsencode(arg) for arg in args]
     separator = b'\0' if '--null' in flags else b'\n'
@@ -839,7 +1022,7 @@ def request(flags, name, args):
     elif not message and '--no-input' not in flags and sys.stdin and not sys.stdin.isatty():
         lines = sys.stdin.buffer.read()
         message = (lines[:-1] if lines.endswith(separator) else lines).split(separator) if lines else []
-    client = BackboneClient(host=flags.get('--host'), port=flags.get('--port'), broker=flags.get('--broker'), encoding=None)
+    client = BackboneClient(encoding=None, **place(flags))
     reply = client.send(name, message, duration(flags.get('--timeout', '30')))
     sys.stdout.buffer.write(reply if isinstance(reply, bytes) else b''.join(frame + separator for frame in reply))
     sys.stdout.flush()
@@ -848,8 +1031,7 @@ def request(flags, name, args):
 def service(flags, name, command):
     if not command:
         raise UsageError('no command for %s' % name)
-    served = CmdService(name, command, flags.get('--host'), flags.get('--port'),
-                        stdin='--stdin' in flags, broker=flags.get('--broker'))
+    served = CmdService(name, command, stdin='--stdin' in flags, **place(flags))
     if '--quiet' in flags:
         served.log = lambda text: None
     served.start()
