@@ -11,6 +11,8 @@
  *	load waiting  ENDPOINT SERVICE N     send N requests of 100 bytes to a service without workers
  *	load services ENDPOINT NAME N        register N idle workers, for the services NAME0, NAME1, ...
  *
+ * If BACKBONE_BROKER_KEY is set, connections use it and a new key of their own.
+ *
  * All modes except pipeline and sync print "ready" after setup and run until SIGTERM.
  */
 #include <assert.h>
@@ -58,9 +60,27 @@ static void *open_socket(int kind)
 	return socket;
 }
 
+/* use_keys makes the connections of a socket use CURVE with a broker whose key is bbpub- and 64
+ * hexadecimal digits. */
+static void use_keys(void *socket, const char *broker)
+{
+	char public[41], secret[41];
+	unsigned char raw[32];
+
+	for (int i = 0; i < 32; i++)
+		check(sscanf(broker + strlen("bbpub-") + 2 * i, "%2hhx", &raw[i]) == 1, "BACKBONE_BROKER_KEY");
+	CHECK(zmq_curve_keypair(public, secret));
+	CHECK(zmq_setsockopt(socket, ZMQ_CURVE_SERVERKEY, raw, sizeof raw));
+	CHECK(zmq_setsockopt(socket, ZMQ_CURVE_PUBLICKEY, public, 41));
+	CHECK(zmq_setsockopt(socket, ZMQ_CURVE_SECRETKEY, secret, 41));
+}
+
 static void *dealer(const char *endpoint)
 {
 	void *socket = open_socket(ZMQ_DEALER);
+	const char *broker = getenv("BACKBONE_BROKER_KEY");
+	if (broker != NULL)
+		use_keys(socket, broker);
 	CHECK(zmq_connect(socket, endpoint));
 	return socket;
 }
