@@ -350,7 +350,11 @@ func (t *requestTool) list(address brokerAddress) error {
 	client, restore := t.client(address)
 	defer restore()
 	defer client.Disconnect()
-	reply, err := client.Send(mmiServices, emptyBody, min(t.timeout(), 5*time.Second))
+	patience := 5 * time.Second
+	if limit := t.timeout(); limit > 0 {
+		patience = min(patience, limit)
+	}
+	reply, err := client.Send(mmiServices, emptyBody, patience)
 	switch {
 	case err != nil && !errors.Is(err, errTimeout):
 		return err

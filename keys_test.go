@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -820,5 +821,55 @@ func TestKeysAreWrittenAsTheyAreRead(t *testing.T) {
 				t.Errorf("%q became %v, %v", text, got, err)
 			}
 		}
+	}
+}
+
+// fakeGreeter accepts connections, greets with a security mechanism and sends more, and returns its endpoint.
+// It then reads, unless it is to close the connection.
+func fakeGreeter(t *testing.T, mechanism, more string, closes bool) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	greeting := make([]byte, 64)
+	copy(greeting, "\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03\x00"+mechanism)
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				conn.Write(append(greeting, more...))
+				if !closes {
+					io.Copy(io.Discard, conn)
+				}
+			}()
+		}
+	}()
+	return "tcp://" + listener.Addr().String()
+}
+
+// A broker that has no room for more connections closes them. That is no sign of another key.
+func TestBrokerThatClosesConnectionsIsNotTakenForAnotherOne(t *testing.T) {
+	t.Parallel()
+	own := secretKey(keyOf("own"))
+	client := NewClient(context.Background(), fakeGreeter(t, "CURVE", "", true))
+	client.keys = &linkKeys{broker: keyOf("broker"), own: &own}
+	defer client.Disconnect()
+	if _, err := client.Send("s", frames("x"), 2*time.Second); !errors.Is(err, errNoBroker) {
+		t.Errorf("the error is %v, want %v", err, errNoBroker)
+	}
+}
+
+func TestRefusalByABrokerWithoutKeysIsReported(t *testing.T) {
+	t.Parallel()
+	client := NewClient(context.Background(), fakeGreeter(t, "NULL", "\x04\x0a\x05ERROR\x03400", false))
+	defer client.Disconnect()
+	if _, err := client.Send("s", frames("x"), 20*time.Second); !errors.Is(err, errNotAdmitted) {
+		t.Errorf("the error is %v, want %v", err, errNotAdmitted)
 	}
 }

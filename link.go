@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,12 +21,14 @@ import (
 // happened. It belongs to one goroutine.
 type link struct {
 	*socket
-	address   brokerAddress // the endpoint has an address in place of a name
-	connected bool          // the broker is there
-	broken    bool          // it was, and the connection broke
-	source    int           // the descriptor of the connection, or -1
-	failed    int           // handshakes in a row
-	refused   *failure      // why no connection will come about; nil if one may
+	address    brokerAddress // the endpoint has an address in place of a name
+	connected  bool          // the broker is there
+	broken     bool          // it was, and the connection broke
+	source     int           // the descriptor of the connection, or -1
+	failed     int           // handshakes in a row
+	suspicions int           // times in a row that they failed while the broker kept another connection
+	mayProbe   bool          // once at a time
+	refused    *failure      // why no connection will come about; nil if one may
 }
 
 // dial connects a tool to a broker. When ctx is done, it stops looking up the name of the host.
@@ -118,7 +119,7 @@ func (l *link) receive() ([][]byte, error) {
 // update reads what happened to the connection. Messages that came before it broke can still be
 // received.
 func (l *link) update() error {
-	for {
+	for l.mayProbe = true; ; {
 		event, value, err := l.event()
 		switch {
 		case err != nil || event == 0:
@@ -126,12 +127,14 @@ func (l *link) update() error {
 		case event == zmq.EVENT_CONNECTED:
 			l.source = value
 		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-			l.connected, l.failed = true, 0
+			l.connected, l.failed, l.suspicions = true, 0, 0
 		case event == zmq.EVENT_DISCONNECTED:
 			l.connected, l.broken, l.source = false, l.broken || l.connected, -1
 		default:
 			l.failed++
-			l.refused = cmp.Or(l.refused, l.refusal(event, value))
+			if l.refused == nil {
+				l.refused = l.refusal(event, value)
+			}
 		}
 	}
 }
@@ -140,19 +143,23 @@ func (l *link) update() error {
 func (l *link) refusal(event zmq.Event, value int) *failure {
 	keys, brokers := l.address.keys, "" // the mechanism of the broker, as far as it is known
 	mismatch := event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL && value == noCommonMechanism
-	if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL && l.failed%maxFailed == 0 {
-		brokers = mechanismOf(l.address.endpoint)
+	if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL && l.failed >= maxFailed && l.mayProbe {
+		l.failed, l.mayProbe = 0, false // Meanwhile, more handshakes may fail.
+		brokers = l.probe()
 	}
+	forbidden := event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && value == 400
 	switch {
-	case event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && value == 400 && keys.own == nil:
+	case forbidden && keys == nil:
+		return errNotAdmitted
+	case forbidden && keys.own == nil:
 		return errKnownKeyWanted
-	case event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && value == 400:
+	case forbidden:
 		return unknownKey(keys.own)
 	case keys == nil && (mismatch || brokers == "CURVE"):
 		return errKeyWanted
 	case keys != nil && (mismatch || brokers == "NULL"):
 		return errNoKeyWanted
-	case keys != nil && brokers == "CURVE":
+	case keys != nil && brokers == "CURVE" && l.suspicions == maxSuspicions:
 		return errOtherBroker
 	}
 	return nil
@@ -162,11 +169,16 @@ func (l *link) refusal(event zmq.Event, value int) *failure {
 // stopping broker can cause one such failure.
 const maxFailed = 3
 
-// mechanismOf returns the security mechanism of the broker at an endpoint: CURVE if it takes keys, NULL if
-// it takes none, or nothing if that cannot be told within a second. ZeroMQ often closes a connection before
-// it has sent the name of its mechanism, if the peer has another one. To a peer that stops in the middle of
-// its greeting (ZMTP 3.0, RFC 23), it sends the whole of its own.
-func mechanismOf(endpoint string) string {
+// maxSuspicions is how often that happens before a broker is another one than expected. One that has no
+// room for more connections closes them, too.
+const maxSuspicions = 2
+
+// probe returns the security mechanism of the broker: CURVE if it takes keys, NULL if it takes none, or nothing
+// if that cannot be told within a second. ZeroMQ often closes a connection before it has sent the name of its
+// mechanism, if the peer has another one. To a peer that stops in the middle of its greeting (ZMTP 3.0,
+// RFC 23), it sends the whole of its own, and waits for the rest.
+func (l *link) probe() string {
+	endpoint := l.address.endpoint
 	address := endpoint[max(strings.LastIndexByte(endpoint, '/'), strings.LastIndexByte(endpoint, ';'))+1:]
 	connection, err := net.DialTimeout("tcp", address, time.Second)
 	if err != nil {
@@ -175,15 +187,26 @@ func mechanismOf(endpoint string) string {
 	defer connection.Close()
 	connection.SetDeadline(time.Now().Add(time.Second))
 	connection.Write([]byte("\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03")) // signature and version
-	var greeting [32]byte
-	if _, err := io.ReadFull(connection, greeting[:]); err != nil {
+	var greeting [64]byte
+	_, err = io.ReadFull(connection, greeting[:])
+	mechanism := strings.TrimRight(string(greeting[12:32]), "\x00")
+	if err == nil && mechanism == "CURVE" && l.address.keys != nil {
+		connection.SetDeadline(time.Now().Add(100 * time.Millisecond))
+		_, err = connection.Read(greeting[:])
+	}
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		l.suspicions++
+	case err != nil:
+		l.suspicions = 0
 		return ""
 	}
-	return strings.TrimRight(string(greeting[12:]), "\x00")
+	return mechanism
 }
 
 // Why a broker takes no connection, or allows nothing.
 var (
+	errNotAdmitted    = &failure{status: exitNotAllowed, err: errors.New("the broker refuses the connection")}
 	errKnownKeyWanted = &failure{status: exitNotAllowed, err: errors.New("the broker admits only keys that it knows"),
 		hint: "give --key FILE, with a key that the broker knows; backbone --keygen FILE makes one"}
 	errKeyWanted = &failure{status: exitNotAllowed, err: errors.New("the broker wants a key"),

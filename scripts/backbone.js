@@ -44,6 +44,7 @@ const REFUSED_PAUSE = 30000; // before a service tries again that its broker ref
 const PUBLIC_PREFIX = 'bbpub-', SECRET_PREFIX = 'bbsec-'; // of keys as text; 64 hexadecimal digits follow
 const NOT_ALLOWED = '77'; // the frame by which bbroker tells a service why it sends DISCONNECT
 const MAX_FAILED = 3; // handshakes in a row that fail without a reason before it is the keys; a broker that stops may cause one
+const MAX_SUSPICIONS = 2; // times that this happens before it is another broker; one that has no room closes connections, too
 
 /**
  * @typedef {string|Buffer} Frame
@@ -310,11 +311,13 @@ function refusalOf({ events }, endpoint, keys) {
     const refuse = (why, Kind = NotAllowed) => reject(new Kind(`${why}: ${endpoint}`));
     const mismatch = () => (keys ? refuse('the broker takes no keys', ProtocolError) : refuse('the broker wants a key'));
     let failed = 0; // handshakes in a row
-    events.on('handshake', () => { failed = 0; });
+    let suspicions = 0; // times in a row that they failed while the broker kept another connection
+    events.on('handshake', () => { failed = suspicions = 0; });
     events.on('handshake:error:auth', ({ error }) => {
       failed++;
       if (error.status !== 400) return;
-      refuse(keys.hasOwn ? 'the broker does not know this key' : 'the broker admits only keys that it knows');
+      if (!keys) refuse('the broker refuses the connection');
+      else refuse(keys.hasOwn ? 'the broker does not know this key' : 'the broker admits only keys that it knows');
     });
     events.on('handshake:error:protocol', ({ error }) => {
       failed++;
@@ -322,9 +325,11 @@ function refusalOf({ events }, endpoint, keys) {
     });
     events.on('handshake:error:other', async () => {
       if (++failed < MAX_FAILED) return;
-      const theirs = await mechanismOf(endpoint);
+      failed = 0;
+      const { theirs, kept } = await mechanismOf(endpoint, keys);
+      suspicions = kept ? suspicions + 1 : 0;
       if (theirs === (keys ? 'NULL' : 'CURVE')) mismatch();
-      else if (theirs === 'CURVE') refuse('the broker has another key than expected');
+      else if (theirs === 'CURVE' && suspicions >= MAX_SUSPICIONS) refuse('the broker has another key than expected');
     });
   });
   refusal.catch(() => {});
@@ -334,24 +339,32 @@ function refusalOf({ events }, endpoint, keys) {
 /**
  * Resolves to CURVE if the broker at an endpoint takes keys, to NULL if it takes none, and to nothing if that
  * is unknown. If keys are the matter, ZeroMQ may close a connection before it has said so. To a peer that
- * stops in the middle of its greeting (ZMTP 3.0, RFC 23), it sends all of its own.
+ * stops in the middle of its greeting (ZMTP 3.0, RFC 23), it sends all of its own. With keys, it also tells
+ * whether a broker that takes keys keeps the connection, as one that has room does.
  */
-function mechanismOf(endpoint) {
+function mechanismOf(endpoint, keys) {
   return new Promise(resolve => {
     const [, host, port] = /^tcp:\/\/\[?(.*?)\]?:(\d+)$/.exec(endpoint) || [];
     if (!port || port > 65535) {
-      resolve();
+      resolve({});
       return;
     }
-    let greeting = Buffer.alloc(0);
+    let greeting = Buffer.alloc(0), kept = false;
+    const mechanism = () => greeting.toString('latin1', 12, 32).replace(/\0/g, '');
     const connection = net.connect({ host, port, timeout: 1000 });
     connection.write(Buffer.from('ff00000000000000017f03', 'hex'));
     connection.on('data', data => {
       greeting = Buffer.concat([greeting, data]);
-      if (greeting.length >= 32) connection.destroy();
+      if (greeting.length < 64) return;
+      if (keys && mechanism() === 'CURVE') connection.setTimeout(100);
+      else connection.destroy();
     });
-    connection.on('timeout', () => connection.destroy()).on('end', () => connection.destroy()).on('error', () => {});
-    connection.on('close', () => resolve(greeting.toString('latin1', 12, 32).replace(/\0/g, '')));
+    connection.on('timeout', () => {
+      kept = greeting.length >= 64;
+      connection.destroy();
+    });
+    connection.on('end', () => connection.destroy()).on('error', () => {});
+    connection.on('close', () => resolve({ theirs: mechanism(), kept }));
   });
 }
 

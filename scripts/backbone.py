@@ -65,6 +65,7 @@ PUBLIC_PREFIX, SECRET_PREFIX = 'bbpub-', 'bbsec-'  # of keys as text; 64 hexadec
 NOT_ALLOWED = b'77'       # the frame by which bbroker tells a service why it sends DISCONNECT
 NO_COMMON_MECHANISM = 0x11000002  # the value of HANDSHAKE_FAILED_PROTOCOL if one side wants keys and the other none
 MAX_FAILED = 3            # handshakes in a row that fail without a reason before it is the keys; a broker that stops may cause one
+MAX_SUSPICIONS = 2        # times that this happens before it is another broker; one that has no room closes connections, too
 
 
 class BackboneError(Exception):
@@ -266,8 +267,10 @@ def _connect(socket, endpoint):
     return socket
 
 
-def _mechanism(endpoint):
+def _mechanism(endpoint, keys):
     """Returns b'CURVE' if the broker at an endpoint takes keys, b'NULL' if it takes none, or b'' if that is unknown.
+
+    With keys, it also returns whether a broker that takes keys keeps the connection, as one that has room does.
 
     If keys are the matter, ZeroMQ may close a connection before it has said so. To a peer that stops in
     the middle of its greeting (ZMTP 3.0, RFC 23), it sends all of its own.
@@ -277,8 +280,15 @@ def _mechanism(endpoint):
         with sockets.create_connection((host.strip('[]'), int(port)), 1) as connection:
             connection.sendall(b'\xff' + bytes(7) + b'\1\x7f\3')
             with connection.makefile('rb') as greeting:
-                return greeting.read(32)[12:].rstrip(b'\0')
-    return b''
+                mechanism, kept = greeting.read(64)[12:32].rstrip(b'\0'), False
+            if keys and mechanism == b'CURVE':
+                connection.settimeout(0.1)
+                try:
+                    connection.recv(1)
+                except sockets.timeout:
+                    kept = True
+            return mechanism, kept
+    return b'', False
 
 
 @contextlib.contextmanager
@@ -394,6 +404,7 @@ class _Connection:
         self.endpoint, self.keys = endpoint, keys
         self.connected = self.lost = False
         self.failed = 0      # handshakes in a row
+        self.suspicions = 0  # times in a row that they failed while the broker kept another connection
         self.refused = None  # the error that says why no connection will come about
         _connect(self.socket, endpoint)
 
@@ -402,7 +413,7 @@ class _Connection:
         while self.monitor.poll(0):
             told = recv_monitor_message(self.monitor)
             if told['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.connected, self.failed = True, 0
+                self.connected, self.failed, self.suspicions = True, 0, 0
             elif told['event'] == zmq.EVENT_DISCONNECTED:
                 self.lost = self.lost or self.connected
             else:
@@ -415,14 +426,17 @@ class _Connection:
         mismatch = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == NO_COMMON_MECHANISM
         theirs = b''
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self.failed >= MAX_FAILED:
-            theirs = _mechanism(self.endpoint)
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == 400:
+            theirs, kept = _mechanism(self.endpoint, self.keys)
+            self.failed, self.suspicions = 0, self.suspicions + 1 if kept else 0
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == 400 and not self.keys:
+            why = 'the broker refuses the connection'
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == 400:
             why = 'the broker does not know this key' if self.keys.own else 'the broker admits only keys that it knows'
         elif self.keys and (mismatch or theirs == b'NULL'):
             kind, why = ProtocolError, 'the broker takes no keys'
         elif not self.keys and (mismatch or theirs == b'CURVE'):
             why = 'the broker wants a key'
-        elif theirs == b'CURVE':
+        elif theirs == b'CURVE' and self.suspicions >= MAX_SUSPICIONS:
             why = 'the broker has another key than expected'
         return kind('%s: %s' % (why, self.endpoint)) if why else None
 
