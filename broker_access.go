@@ -133,18 +133,33 @@ func (b *Broker) SetAccess(access *accessList) {
 			}
 		}
 	}
+	b.forbidding = true
+	b.forbidWaiting(maxEnded)
+	clear(b.reports)
+}
+
+// forbidWaiting ends up to max waiting requests that their clients may not make any more.
+func (b *Broker) forbidWaiting(max int) {
+	forbidden := 0
 	for _, c := range b.clients {
 		mine := b.grantOf(c.user)
 		for _, r := range c.waiting.all(nil) {
-			if !mine.mayCall(string(r.name)) {
-				b.dequeue(r, false)
-				b.end(r)
-				b.forbid(r, false)
-				b.dispatch(r.service)
+			if mine.mayCall(string(r.name)) {
+				continue
 			}
+			if forbidden++; forbidden > max {
+				return
+			}
+			b.dequeue(r, false)
+			b.end(r)
+			b.forbid(r, false)
+			b.dispatch(r.service)
 		}
 	}
-	clear(b.reports)
+	b.forbidding = false
+	for _, s := range b.services {
+		b.dispatch(s)
+	}
 }
 
 // readAccess reads the file of --authorized.
@@ -236,7 +251,7 @@ func parseGrant(words []string) (*grant, error) {
 		if glob == "" {
 			return nil, errors.New("call= and serve= have names of services with commas between them, and no blanks")
 		}
-		if _, err := path.Match(glob, ""); err != nil {
+		if _, err := path.Match(glob, ""); err != nil || strings.Contains(glob, "[!") {
 			return nil, fmt.Errorf("%q is not a name of a service or a pattern such as build-*", glob)
 		}
 	}

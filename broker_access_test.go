@@ -179,6 +179,7 @@ func TestBadFileOfKeysIsRefusedWithTheLine(t *testing.T) {
 		{alice.String() + " alice call=a,", "1: call= and serve= have names of services with commas between them, and no blanks"},
 		{alice.String() + " alice call=a serve=", "1: call= and serve= have names of services with commas between them, and no blanks"},
 		{alice.String() + " alice call=a[", `1: "a[" is not a name of a service or a pattern such as build-*`},
+		{alice.String() + " alice call=[!a]*", `1: "[!a]*" is not a name of a service or a pattern such as build-*`}, // It would mean ! or a.
 		{alice.String() + " alice serve=[]", `1: "[]" is not a name of a service or a pattern such as build-*`},
 		{alice.String() + " alice call=x*[b-", `1: "x*[b-" is not a name of a service or a pattern such as build-*`},
 		{alice.String() + ` alice call=a\`, `1: "a\\" is not a name of a service or a pattern such as build-*`},
@@ -540,6 +541,45 @@ func TestConnectionWhoseNumberIsNotKnownCountsAsGone(t *testing.T) {
 	}
 	if user, admitted := parseUserID(userID("ipc", 7)); user != "ipc" || admitted != 7 {
 		t.Errorf("the user is %q and the number %d", user, admitted)
+	}
+}
+
+// ZeroMQ would drop answers that a client has no time to read.
+func TestManyRequestsOfARevokedClientEndAFewAtATimeAndNoneBegins(t *testing.T) {
+	r := newGuardedRouter(t, "alice call=*", "carol call=*", "bob serve=*")
+	r.by("bob", "W", "", "MDPW01", "\x01", "echo")
+	r.by("carol", "K", "", "MDPC01", "echo", "first")
+	token := r.expect(toWorker("W", "*", "first"))[0]
+	const count = 2*maxEnded + 5
+	r.MaxQueue, r.MaxMemory = 2*count, 1<<30
+	for range count {
+		r.by("alice", "C", "", "MDPC01", "echo", "x")
+	}
+	r.by("carol", "K", "", "MDPC01", "echo", "second")
+	r.SetAccess(accessFor(t, "carol call=*", "bob serve=*"))
+	r.by("bob", "W", "", "MDPW01", "\x03", token, "", "done")
+	ended := 0
+	for _, want := range []int{maxEnded, maxEnded, 5, 0} {
+		got := 0
+		for _, message := range r.sent {
+			if slices.Equal(message, notAllowedTo("C", "echo", "this key")) {
+				got++
+			}
+			if len(message) > 3 && message[3] == "\x02" && slices.Contains(message, "x") {
+				t.Fatal("a request began that its client may not make")
+			}
+			if slices.Contains(message, "second") {
+				ended++
+			}
+		}
+		if got != want {
+			t.Fatalf("%d requests ended at a time, want %d", got, want)
+		}
+		r.sent = nil
+		r.Tick(r.clock)
+	}
+	if ended != 1 {
+		t.Errorf("what is still allowed began %d times", ended)
 	}
 }
 

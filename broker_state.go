@@ -43,6 +43,7 @@ type Broker struct {
 	unfinished  int  // their number
 	draining    bool
 	expiring    bool // requests may have waited too long
+	forbidding  bool // requests may wait that their clients may not make any more
 
 	begin, now, nextHeartbeat, lastRequest time.Time
 
@@ -177,6 +178,10 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 		return
 	}
 	b.now = now
+	if len(frames[0]) > maxIdentity {
+		b.log.warn("identity", "messages ignored", "why", fmt.Sprintf("a peer has an identity of more than %d bytes", maxIdentity))
+		return
+	}
 	peer, mine, gone := frames[0], b.grantOf(from.user), b.isGone(from)
 	if !gone && !b.Knows(from.source, peer) {
 		b.sources[from.source] = string(peer)
@@ -413,7 +418,7 @@ func (b *Broker) assign(r *brokerRequest) bool {
 // forgets a service that has neither workers nor requests. It follows every event that changes either.
 func (b *Broker) dispatch(s *brokerService) {
 	for r := s.next(); r != nil; r = s.next() {
-		if b.draining || !b.assign(r) {
+		if b.draining || b.forbidding && !b.mayBegin(r) || !b.assign(r) {
 			return
 		}
 		b.dequeue(r, true)
@@ -465,6 +470,11 @@ func (b *Broker) Tick(now time.Time) time.Time {
 		b.sweepClients()
 		b.log.tick(now)
 		b.expiring = b.QueueTTL > 0
+	}
+	if b.forbidding {
+		if b.forbidWaiting(maxEnded); b.forbidding {
+			return now // for the rest of them, once messages have had their turn
+		}
 	}
 	if b.expiring {
 		if b.expiring = b.expireQueues(); b.expiring {

@@ -1122,3 +1122,19 @@ func BenchmarkDispatch(b *testing.B) {
 		})
 	}
 }
+
+// ZeroMQ takes an identity of any length. The broker would hold it in memory for a while.
+func TestPeerWithALongIdentityIsIgnored(t *testing.T) {
+	r := newFakeRouter(t)
+	long := strings.Repeat("i", maxIdentity+1)
+	r.from(long, "", "MDPC01", "mmi.service", "echo")
+	r.from(long, "", "MDPW01", "\x01", "echo")
+	r.from(long, "", "junk")
+	r.expect()
+	if len(r.clients)+len(r.workers)+len(r.sources) > 0 {
+		t.Error("the broker remembers the identity")
+	}
+	r.expectLog(1, "messages ignored", "more than 255 bytes")
+	r.from(long[1:], "", "MDPC01", "mmi.service", "echo")
+	r.expect([]string{long[1:], "", "MDPC01", "mmi.service", "404"})
+}

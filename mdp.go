@@ -78,7 +78,10 @@ var (
 // notAllowed is the frame by which bbroker tells bservice why it sends DISCONNECT.
 const notAllowed = "77"
 
-const maxName = 255 // bytes of a service's name
+const (
+	maxName     = 255 // bytes of a service's name
+	maxIdentity = 255 // bytes of a peer's identity (RFC 23), which ZeroMQ does not check
+)
 
 // Parse parses the frames of a message without copying them. An error says what is wrong with the
 // frames, in words for a log.
