@@ -174,7 +174,7 @@ func (b *Broker) table(reader *grant) []byte {
 			continue
 		}
 		out = fmt.Appendf(out, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", printable(s.name), s.workers, s.idle.Len(), s.waiting,
-			s.workers-s.idle.Len(), s.tally.counts[repliesTotal], s.tally.counts[failuresTotal])
+			s.workers-s.idle.Len()-s.elsewhere, s.tally.counts[repliesTotal], s.tally.counts[failuresTotal])
 	}
 	return out
 }

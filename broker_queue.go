@@ -97,7 +97,8 @@ func (s *brokerService) full(c *brokerClient, max int) bool {
 	return !ok && len(s.queues) >= max || ok && q.requests.Len() >= max/len(s.queues)
 }
 
-// enqueue puts a request at the end of the queue of its client, or ahead of all that wait.
+// enqueue puts a request at the end of the queue of its client, or ahead of all that came later, and then
+// the next turn is that of its client.
 func (b *Broker) enqueue(r *brokerRequest, ahead bool) {
 	s := r.service
 	q, ok := s.queues[r.client]
@@ -109,11 +110,15 @@ func (b *Broker) enqueue(r *brokerRequest, ahead bool) {
 		}
 		s.queues[r.client] = q
 	}
+	r.inQueue = q.requests.PushBack(r)
 	if ahead {
-		r.inQueue = q.requests.PushFront(r)
+		// Only those that workers returned as well can have come earlier.
+		first := q.requests.Front()
+		for first.Value.(*brokerRequest).number < r.number {
+			first = first.Next()
+		}
+		q.requests.MoveBefore(r.inQueue, first)
 		s.turns.MoveToFront(q.turn)
-	} else {
-		r.inQueue = q.requests.PushBack(r)
 	}
 	s.waiting++
 

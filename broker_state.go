@@ -97,6 +97,7 @@ const (
 type brokerService struct {
 	name       string
 	workers    int
+	elsewhere  int                            // of the workers: they work for other brokers
 	idle       list.List                      // of *brokerWorker, the least recently used first
 	waiting    int                            // requests
 	queues     map[*brokerClient]*clientQueue // that are not empty
@@ -114,8 +115,9 @@ type brokerWorker struct {
 	source      int    // the descriptor of its connection, or -1
 	received    uint64 // bytes over its connection, when it was last silent
 	service     *brokerService
-	request     *brokerRequest // nil when idle
-	idleElement *list.Element  // its place among the idle workers, nil when busy
+	request     *brokerRequest // nil when idle or elsewhere
+	elsewhere   bool           // it handed a request back, since it works for other brokers, until READY
+	idleElement *list.Element  // its place among the idle workers, nil when busy or elsewhere
 	silence     int            // heartbeats since it was last heard
 	busy        int            // heartbeats since it was given its request
 	heard       int            // heartbeats that it sent since then
@@ -134,6 +136,7 @@ type brokerRequest struct {
 	address [][]byte // the client's address stack, with its identity first
 	body    [][]byte
 	token   []byte // stands for the client in messages to workers
+	number  uint64 // in the order in which requests were taken
 	cost    size   // bytes that holding it takes
 
 	arrived, started time.Time
@@ -277,6 +280,7 @@ func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, min
 // take accepts a request, which ends with end.
 func (b *Broker) take(r *brokerRequest) {
 	r.token = b.nextToken(b.grantOf(r.client.user).name)
+	r.number = b.lastToken
 	b.unfinished++
 	b.held += r.cost
 	r.client.unfinished++
@@ -324,22 +328,44 @@ func (b *Broker) receiveReply(w *brokerWorker, m Message, delimited bool) {
 // receiveWorker takes any other message of a registered worker.
 func (b *Broker) receiveWorker(w *brokerWorker, m Message) {
 	w.silence = 0
-	switch m.Kind {
-	case KindHeartbeat:
+	why, handsBack := m.because(handedBack)
+	switch {
+	case m.Kind == KindHeartbeat:
 		// One may have crossed the request on its way.
 		if w.heard++; w.heard > 1 && w.request != nil {
 			w.beatsWhileBusy = true
 		}
-	case KindDisconnect:
+	case handsBack && w.request != nil:
+		b.handBack(w, why)
+	case m.Kind == KindDisconnect:
 		b.log.event(slog.LevelInfo, "worker left", "worker", logged(w.identity), "service", logged(w.service.name), "why", "it sent DISCONNECT")
 		// It has not begun its request, or it would have replied first.
 		if r := b.remove(w); r != nil {
-			b.takeBack(r)
+			r.returned++
+			b.takeBack(r, r.returned <= frontReturns)
+		}
+	case m.Kind == KindReady && w.elsewhere && string(m.Service) == w.service.name:
+		b.makeIdle(w)
+		b.dispatch(w.service)
+		if w.idleElement != nil { // It has reserved a job, and must know that there is no request.
+			b.sendTo(w.address, w.queue, Message{Kind: KindHeartbeat})
 		}
 	default:
 		b.disconnect(w, fmt.Sprintf("an unexpected %v", m.Kind))
 	}
 	b.dispatch(w.service)
+}
+
+// handBack takes a request back from a worker that works for other brokers. That may happen to a request any
+// number of times. The worker stays registered: its service is there, and its requests can wait for it.
+func (b *Broker) handBack(w *brokerWorker, why string) {
+	r := w.request
+	if b.debug {
+		b.log.Debug("request handed back", "request", string(r.token), "service", logged(w.service.name), "worker", logged(w.identity), "why", logged(why))
+	}
+	w.request, w.elsewhere = nil, true
+	w.service.elsewhere++
+	b.takeBack(r, true)
 }
 
 func (b *Broker) register(identity []byte, from sender, mine *grant, name []byte) {
@@ -384,7 +410,16 @@ func (b *Broker) service(name []byte) *brokerService {
 // makeIdle puts a worker at the tail of the idle list of its service.
 func (b *Broker) makeIdle(w *brokerWorker) {
 	w.request = nil
+	w.comeBack()
 	w.idleElement = w.service.idle.PushBack(w)
+}
+
+// comeBack ends the time in which a worker works for other brokers.
+func (w *brokerWorker) comeBack() {
+	if w.elsewhere {
+		w.elsewhere = false
+		w.service.elsewhere--
+	}
 }
 
 // assign gives a request to the next idle worker, and tells whether there was one.
@@ -566,10 +601,9 @@ func (b *Broker) loseWorker(w *brokerWorker, why error) {
 	}
 }
 
-// takeBack puts a request that a worker returned into the queue again, unless it comes back from
-// each worker.
-func (b *Broker) takeBack(r *brokerRequest) {
-	r.returned++
+// takeBack puts a request that a worker returned into the queue again, perhaps ahead of those that wait,
+// unless it comes back from each worker.
+func (b *Broker) takeBack(r *brokerRequest, ahead bool) {
 	switch {
 	case b.draining:
 		b.end(r)
@@ -584,7 +618,7 @@ func (b *Broker) takeBack(r *brokerRequest) {
 		b.count(r.service, poisonedTotal, 1)
 		b.fail(r, exitUnavailable, fmt.Sprintf("%d workers returned the request", maxReturns))
 	default:
-		b.enqueue(r, r.returned <= frontReturns)
+		b.enqueue(r, ahead)
 	}
 }
 
@@ -592,6 +626,7 @@ func (b *Broker) takeBack(r *brokerRequest) {
 func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	delete(b.workers, w.identity)
 	w.queue.close()
+	w.comeBack()
 	if w.service.workers--; w.service.workers == 0 {
 		w.service.unservedAt = b.now
 		b.unserved++

@@ -692,6 +692,142 @@ func TestRequestThatWorkersReturnAgainAndAgainFails(t *testing.T) {
 	}
 }
 
+// handBackFrom is DISCONNECT of a worker that works for other brokers.
+func handBackFrom(identity string) []string {
+	return []string{identity, "", "MDPW01", "\x05", "75", "all jobs are busy"}
+}
+
+func TestRequestThatIsHandedBackAnyNumberOfTimesIsServed(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("bservice.1", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo", "hello")
+	token := r.expect(toWorker("bservice.1", "*", "hello"))[0]
+	for range 100 {
+		r.from(handBackFrom("bservice.1")...)
+		r.expect()
+		r.from("bservice.1", "", "MDPW01", "\x01", "echo")
+		r.expect(toWorker("bservice.1", token, "hello"))
+	}
+	r.from("bservice.1", "", "MDPW01", "\x03", token, "", "bye")
+	r.expect([]string{"C", "", "MDPC01", "echo", "bye"})
+	for _, c := range []counter{poisonedTotal, lostWorkersTotal, redeliveredTotal, refusedTotal} {
+		if n := r.total.counts[c]; n != 0 {
+			t.Errorf("%s is %d", counters[c].name, n)
+		}
+	}
+	r.expectLog(1, "worker came")
+	r.expectLog(0, "worker left")
+	r.expectLog(0, "WARN")
+}
+
+func TestRequestThatIsHandedBackGoesToAnotherIdleWorkerAtOnce(t *testing.T) {
+	r := newFakeRouter(t)
+	for _, w := range []string{"W1", "W2"} {
+		r.from(w, "", "MDPW01", "\x01", "echo")
+	}
+	r.from("C", "", "MDPC01", "echo", "x")
+	token := r.expect(toWorker("W1", "*", "x"))[0]
+	r.from(handBackFrom("W1")...)
+	r.expect(toWorker("W2", token, "x"))
+	r.from("W2", "", "MDPW01", "\x03", token, "", "y")
+	r.expect([]string{"C", "", "MDPC01", "echo", "y"})
+}
+
+func TestRequestsThatAreHandedBackKeepTheirOrder(t *testing.T) {
+	r := newFakeRouter(t)
+	workers := []string{"W0", "W1", "W2"}
+	for _, w := range workers {
+		r.from(w, "", "MDPW01", "\x01", "echo")
+	}
+	for i := range 5 {
+		r.from("C", "", "MDPC01", "echo", fmt.Sprint(i))
+	}
+	for _, order := range [][]string{{"W0", "W1", "W2"}, {"W2", "W1", "W0"}, {"W1", "W2", "W0"}} {
+		r.sent = nil
+		for _, w := range order {
+			r.from(handBackFrom(w)...)
+		}
+		for _, w := range workers {
+			r.from(w, "", "MDPW01", "\x01", "echo")
+		}
+		r.expect(toWorker("W0", "*", "0"), toWorker("W1", "*", "1"), toWorker("W2", "*", "2"))
+	}
+}
+
+func TestWorkerThatHandedARequestBackKeepsItsServiceButGetsNothing(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("bservice.1", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo", "x")
+	r.from(handBackFrom("bservice.1")...)
+	r.from("C", "", "MDPC01", "echo", "y")
+	r.sent = nil
+	r.from("C", "", "MDPC01", "mmi.service", "echo")
+	r.from("C", "", "MDPC01", "mmi.services", "")
+	r.expect([]string{"C", "", "MDPC01", "mmi.service", "200"},
+		[]string{"C", "", "MDPC01", "mmi.services", servicesHeader + "echo\t1\t0\t2\t0\t0\t0\n"})
+
+	// Its requests wait for it longer than for a service that is not there.
+	for range 2 * int(r.QueueTTL/r.Heartbeat) {
+		r.from("bservice.1", "", "MDPW01", "\x04")
+		r.pass(1)
+	}
+	r.sent = slices.DeleteFunc(r.sent, func(m []string) bool { return slices.Equal(m, heartbeatTo("bservice.1")) })
+	r.expect()
+	r.from("bservice.1", "", "MDPW01", "\x01", "echo")
+	r.expect(toWorker("bservice.1", "*", "x"))
+}
+
+func TestWorkerThatHandedARequestBackMayLeaveOrFallSilent(t *testing.T) {
+	for _, test := range []struct {
+		lost  uint64
+		leave func(*fakeRouter)
+	}{
+		{0, func(r *fakeRouter) { r.from("W", "", "MDPW01", "\x05") }},
+		{0, func(r *fakeRouter) { r.from(handBackFrom("W")...) }},
+		{1, func(r *fakeRouter) { r.pass(6) }},
+		{1, func(r *fakeRouter) { r.failed["W"] = errGone; r.pass(1) }},
+		{1, func(r *fakeRouter) { r.from("W", "", "MDPW01", "\x01", "other") }},
+		{1, func(r *fakeRouter) { r.from("W", "", "MDPW01", "\x03", "token", "", "x") }},
+	} {
+		r := newFakeRouter(t)
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		r.from("C", "", "MDPC01", "echo", "x")
+		r.from(handBackFrom("W")...)
+		test.leave(r)
+		if lost := r.total.counts[lostWorkersTotal]; lost != test.lost || len(r.workers) != 0 {
+			t.Errorf("%d workers were lost, want %d; %d are left", lost, test.lost, len(r.workers))
+		}
+		r.sent = nil
+		r.from("V", "", "MDPW01", "\x01", "echo")
+		r.expect(toWorker("V", "*", "x"))
+	}
+}
+
+func TestOtherFramesOfDisconnectMeanNothing(t *testing.T) {
+	for _, frames := range [][]string{{}, {"echo"}, {"75"}, {"75", "a", "b"}, {"77", "reason"}, {"", "75", "reason"}} {
+		r := newFakeRouter(t)
+		r.from("W", "", "MDPW01", "\x01", "echo")
+		r.from("C", "", "MDPC01", "echo", "x")
+		r.sent = nil
+		r.from(append([]string{"W", "", "MDPW01", "\x05"}, frames...)...)
+		r.expectLog(1, "worker left")
+		r.from("C", "", "MDPC01", "mmi.service", "echo")
+		r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
+	}
+}
+
+func TestRequestThatIsHandedBackToABrokerThatDrainsIsRefused(t *testing.T) {
+	r := newFakeRouter(t)
+	r.from("W", "", "MDPW01", "\x01", "echo")
+	r.from("C", "", "MDPC01", "echo", "x")
+	r.Drain()
+	r.sent = nil
+	r.from(handBackFrom("W")...)
+	r.expect([]string{"C", "", "MDPC01", "echo", "", "*", "exit status 075"})
+	r.Stop()
+	r.expect(disconnectTo("W"))
+}
+
 func TestReplyWithoutAnEmptyFrameIsTaken(t *testing.T) {
 	for _, test := range []struct{ body, want []string }{
 		{[]string{"a"}, []string{"a"}},
@@ -876,6 +1012,7 @@ func FuzzBroker(f *testing.F) {
 	f.Add([]byte("\x00\x00\x01\x00\x02\x00"))                                 // a worker, a request, its reply
 	f.Add([]byte("\x01\x00\x01\x10\x00\x00\x05\x00\x00\x01\x02\x01\x02\x01")) // the worker leaves, another gets the request
 	f.Add([]byte("\x00\x00\x01\x00\x06\x00\x07\x00\x00\x01\x08\x00\x07\x01")) // the worker is lost, requests are cancelled and expire
+	f.Add([]byte("\x00\x00\x01\x00\x0e\x00\x00\x01\x0e\x01\x00\x00\x02\x00")) // workers hand a request back, one of them takes it again
 	f.Fuzz(func(t *testing.T, steps []byte) {
 		b := &brokerWorld{fakeRouter: newFakeRouter(t), held: map[string]string{}, ended: map[string]int{}}
 		b.Redeliver = 1
@@ -937,7 +1074,7 @@ func (b *brokerWorld) step(what, who byte) {
 	client := fmt.Sprintf("C%d", who%3)
 	service := fmt.Sprintf("s%d", who>>4%3)
 	b.count++
-	switch what % 14 {
+	switch what % 15 {
 	case 0:
 		b.from(worker, "", "MDPW01", "\x01", service)
 	case 1, 10:
@@ -971,6 +1108,8 @@ func (b *brokerWorld) step(what, who byte) {
 		}
 	case 13:
 		b.Disconnected(int(who%3), b.clock)
+	case 14:
+		b.from(worker, "", "MDPW01", "\x05", "75", "busy")
 	case 9:
 		bad := [][]string{{""}, {"", "MDPC01"}, {"", "MDPC01", ""}, {"", "MDPW01", "\x09"}, {"MDPW01", "\x05"},
 			{"", "MDPC01", "mmi.metrics"}, {"", "MDPC01", "mmi.services"}, {"", "MDPW01", "\x02", "", "x"},
@@ -984,12 +1123,21 @@ func (b *brokerWorld) step(what, who byte) {
 func (b *brokerWorld) check() {
 	b.t.Helper()
 	waiting := map[*brokerRequest]bool{}
-	workers := map[*brokerService]int{}
+	workers, elsewhere := map[*brokerService]int{}, map[*brokerService]int{}
 	unserved := 0
 	for _, w := range b.workers {
 		workers[w.service]++
-		if (w.request == nil) != (w.idleElement != nil) {
-			b.t.Fatalf("worker %s is both idle and busy, or neither", w.identity)
+		states := 0
+		for _, is := range []bool{w.request != nil, w.idleElement != nil, w.elsewhere} {
+			if is {
+				states++
+			}
+		}
+		if states != 1 {
+			b.t.Fatalf("worker %s is in %d of the states busy, idle and elsewhere", w.identity, states)
+		}
+		if w.elsewhere {
+			elsewhere[w.service]++
 		}
 		if b.services[w.service.name] != w.service {
 			b.t.Fatalf("the service of worker %s is not known", w.identity)
@@ -999,8 +1147,8 @@ func (b *brokerWorld) check() {
 		if s.workers == 0 && s.waiting == 0 {
 			b.t.Fatalf("service %s has neither workers nor requests", name)
 		}
-		if s.workers != workers[s] {
-			b.t.Fatalf("service %s has %d workers, but counts %d", name, workers[s], s.workers)
+		if s.workers != workers[s] || s.elsewhere != elsewhere[s] {
+			b.t.Fatalf("service %s has %d workers, %d elsewhere, but counts %d and %d", name, workers[s], elsewhere[s], s.workers, s.elsewhere)
 		}
 		if s.idle.Len() > 0 && s.waiting > 0 {
 			b.t.Fatalf("service %s has idle workers and waiting requests", name)
@@ -1137,4 +1285,23 @@ func TestPeerWithALongIdentityIsIgnored(t *testing.T) {
 	r.expectLog(1, "messages ignored", "more than 255 bytes")
 	r.from(long[1:], "", "MDPC01", "mmi.service", "echo")
 	r.expect([]string{long[1:], "", "MDPC01", "mmi.service", "404"})
+}
+
+// It has reserved a job for the request that its READY may bring.
+func TestWorkerThatComesBackLearnsThatThereIsNoRequest(t *testing.T) {
+	r := newFakeRouter(t)
+	ready := []string{"W", "", "MDPW01", "\x01", "echo"}
+	r.from(ready...)
+	r.from("C", "", "MDPC01", "echo", "x")
+	token := r.expect(toWorker("W", "*", "x"))[0]
+	r.from(handBackFrom("W")...)
+	r.from(ready...)
+	if again := r.expect(toWorker("W", "*", "x"))[0]; again != token {
+		t.Errorf("the token is %q, want %q", again, token)
+	}
+	r.from(handBackFrom("W")...)
+	r.from("C", "", "MDPC01", "mmi.cancel", "")
+	r.expect([]string{"C", "", "MDPC01", "mmi.cancel", "200"})
+	r.from(ready...)
+	r.expect([]string{"W", "", "MDPW01", "\x04"})
 }

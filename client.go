@@ -94,10 +94,11 @@ type requestTool struct {
 }
 
 func (t *requestTool) Run() error {
-	address, err := t.address()
+	addresses, err := t.addresses()
 	if err != nil {
 		return err
 	}
+	address := addresses[0]
 	if err := t.check(); err != nil {
 		return err
 	}

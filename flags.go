@@ -45,7 +45,7 @@ const endpointForm = "tcp://HOST:PORT or ipc:///PATH"
 func (f *commonFlags) endpoints() ([]string, error) {
 	source, endpoints := "--broker", f.Broker
 	if env := os.Getenv("BACKBONE_BROKER"); env != "" && endpoints == nil && f.Host == "" && f.Port == "" {
-		source, endpoints = "BACKBONE_BROKER", []string{env}
+		source, endpoints = "BACKBONE_BROKER", strings.Fields(env)
 	}
 	for _, endpoint := range endpoints {
 		if !isEndpoint(endpoint) {
@@ -53,7 +53,7 @@ func (f *commonFlags) endpoints() ([]string, error) {
 			return nil, misuse("--broker tcp://localhost:5555", "%s must be %s, not %q", source, endpointForm, endpoint)
 		}
 	}
-	if endpoints == nil {
+	if len(endpoints) == 0 {
 		endpoint, err := f.hostAndPort()
 		return []string{endpoint}, err
 	}
@@ -66,7 +66,8 @@ func isEndpoint(text string) bool {
 		hostPort, _, _ = strings.Cut(hostPort, "#")
 		hostPort = hostPort[strings.LastIndexByte(hostPort, ';')+1:] // ZeroMQ takes a source address before it.
 		host, port, err := net.SplitHostPort(hostPort)
-		return err == nil && host != "" && port != ""
+		_, portErr := strconv.ParseUint(port, 10, 16)
+		return err == nil && host != "" && (portErr == nil || port == "*")
 	}
 	return strings.HasPrefix(text, "ipc://") && text != "ipc://"
 }
@@ -119,48 +120,75 @@ type brokerAddress struct {
 	keys     *linkKeys
 }
 
-// address returns the address of the one broker of a service or a request. An ipc endpoint takes no keys:
-// the environment may have some for others.
-func (f *clientFlags) address() (brokerAddress, error) {
+// userOf returns the name of the caller of a request, or nothing if that is not known. Only where a broker
+// knows who connects does its token end in the name; another broker may let callers choose it.
+func (a brokerAddress) userOf(token string) string {
+	knowsUsers := a.keys != nil || strings.HasPrefix(a.endpoint, "ipc://")
+	if at := strings.LastIndexByte(token, '@'); knowsUsers && at >= 0 {
+		return token[at+1:]
+	}
+	return ""
+}
+
+// addresses returns the addresses of the brokers of a service or a request, at least one, and each once.
+func (f *clientFlags) addresses() (addresses []brokerAddress, err error) {
 	endpoints, err := f.endpoints()
 	if err != nil {
-		return brokerAddress{}, err
+		return nil, err
 	}
-	if len(endpoints) > 1 {
-		return brokerAddress{}, misuse("only bbroker takes several", "--broker must be given once, not %d times", len(endpoints))
+	isTCP := func(endpoint string) bool { return strings.HasPrefix(endpoint, "tcp://") }
+	if (f.Key != "" || f.BrokerKey != "") && !slices.ContainsFunc(endpoints, isTCP) {
+		return nil, misuse("the permissions of the socket say who may connect", "an ipc endpoint takes no keys: %s", endpoints[0])
 	}
-	endpoint, text, hasKey := endpoints[0], "", false
-	if strings.HasPrefix(endpoint, "tcp://") { // The path of a socket may have a #.
-		endpoint, text, hasKey = strings.Cut(endpoint, "#")
+	for _, endpoint := range endpoints {
+		address := brokerAddress{endpoint: endpoint} // ipc: the environment may have keys for others, and a path may have a #
+		if isTCP(endpoint) {
+			address, err = f.tcpAddress(endpoint, len(endpoints) == 1)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(addresses, func(a brokerAddress) bool { return a.endpoint == address.endpoint }) {
+			addresses = append(addresses, address)
+		}
 	}
+	return addresses, nil
+}
+
+// tcpAddress returns the address of an endpoint, perhaps with its own key behind a #, which --broker-key must
+// not contradict if it is the only one.
+func (f *clientFlags) tcpAddress(text string, only bool) (brokerAddress, error) {
+	endpoint, key, hasKey := strings.Cut(text, "#")
 	source := "the key in " + endpoint
 	switch {
 	case !hasKey:
-		source, text = setBy("--broker-key", f.BrokerKey, "BACKBONE_BROKER_KEY")
-	case f.BrokerKey != "" && f.BrokerKey != text:
+		source, key = setBy("--broker-key", f.BrokerKey, "BACKBONE_BROKER_KEY")
+	case only && f.BrokerKey != "" && f.BrokerKey != key:
 		return brokerAddress{}, misuse("give the key once", "--broker-key is another key than that in %s", endpoint)
 	}
-	if strings.HasPrefix(endpoint, "ipc://") {
-		if f.Key != "" || f.BrokerKey != "" {
-			return brokerAddress{}, misuse("the permissions of the socket say who may connect", "an ipc endpoint takes no keys: %s", endpoint)
-		}
-		return brokerAddress{endpoint: endpoint}, nil
-	}
 	own, ownSource, err := f.key()
-	if err != nil {
+	switch {
+	case err != nil:
 		return brokerAddress{}, err
-	}
-	if text == "" && !hasKey {
-		if own != nil {
-			return brokerAddress{}, misuse("backbone --pubkey <FILE prints the key of a broker", "%s needs --broker-key, the public key of the broker", ownSource)
-		}
+	case key == "" && !hasKey && own != nil:
+		return brokerAddress{}, misuse("backbone --pubkey <FILE prints the key of a broker", "%s needs --broker-key, the public key of the broker", ownSource)
+	case key == "" && !hasKey:
 		return brokerAddress{endpoint: endpoint}, nil
 	}
-	broker, err := parsePublicKey(text)
+	broker, err := parsePublicKey(key)
 	if err != nil {
 		return brokerAddress{}, misuse(`from a file that backbone --keygen printed: --broker-key "$(cat FILE)"`, "%s: %w", source, err)
 	}
 	return brokerAddress{endpoint, &linkKeys{broker: broker, own: own}}, nil
+}
+
+// endpointsOf returns the endpoints of brokers, separated by blanks.
+func endpointsOf(addresses []brokerAddress) string {
+	endpoints := make([]string, len(addresses))
+	for i, address := range addresses {
+		endpoints[i] = address.endpoint
+	}
+	return strings.Join(endpoints, " ")
 }
 
 // heartbeatFlags are those of the broker and of services. Each sends a heartbeat every Heartbeat, and

@@ -24,6 +24,10 @@ func TestFlagsOverrideTheEnvironmentAndEndpointsOverrideHostAndPort(t *testing.T
 		{"port over the environment", map[string]string{"HOST": "h", "PORT": "1"}, commonFlags{Port: "2"}, "tcp://h:2"},
 		{"endpoint of the environment", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{}, "ipc:///b"},
 		{"port over the endpoint of the environment", map[string]string{"BROKER": "ipc:///b", "HOST": "h"}, commonFlags{Port: "2"}, "tcp://h:2"},
+		{"several endpoints", nil, commonFlags{Broker: []string{"ipc:///b", "tcp://a:1", "ipc:///b"}}, "ipc:///b tcp://a:1"},
+		{"several endpoints of the environment", map[string]string{"BROKER": " ipc:///b  tcp://a:1\ttcp://a:1 "}, commonFlags{}, "ipc:///b tcp://a:1"},
+		{"blanks in the environment", map[string]string{"BROKER": " "}, commonFlags{}, "tcp://127.0.0.1:5555"},
+		{"the same with and without a key", nil, commonFlags{Broker: []string{"tcp://a:1#" + keyOf("a").String(), "tcp://a:1"}}, "tcp://a:1"},
 		{"empty environment", map[string]string{"BROKER": "", "HOST": "", "PORT": ""}, commonFlags{}, "tcp://127.0.0.1:5555"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -31,8 +35,8 @@ func TestFlagsOverrideTheEnvironmentAndEndpointsOverrideHostAndPort(t *testing.T
 				t.Setenv("BACKBONE_"+name, test.env[name])
 			}
 			flags := clientFlags{commonFlags: test.flags}
-			if got, err := flags.address(); err != nil || got.endpoint != test.want {
-				t.Errorf("got %q, %v, want %q", got.endpoint, err, test.want)
+			if got, err := flags.addresses(); err != nil || endpointsOf(got) != test.want {
+				t.Errorf("got %q, %v, want %q", endpointsOf(got), err, test.want)
 			}
 		})
 	}
@@ -53,11 +57,11 @@ func TestWrongEndpointsAreWrongUsage(t *testing.T) {
 	for _, flags := range []commonFlags{
 		{Port: "http"}, {Port: "65536"}, {Port: "-1"},
 		{Broker: []string{"localhost:5555"}}, {Broker: []string{"inproc://x"}},
-		{Broker: []string{"ipc:///a", "ipc:///b"}},
+		{Broker: []string{"ipc:///a", "b"}}, {Broker: []string{"tcp://a:1", "tcp://b:1#"}},
 	} {
 		var f *failure
-		if got, err := (&clientFlags{commonFlags: flags}).address(); !errors.As(err, &f) || f.status != exitUsage || f.hint == "" {
-			t.Errorf("%+v: got %q, %v, want wrong usage with a hint", flags, got.endpoint, err)
+		if got, err := (&clientFlags{commonFlags: flags}).addresses(); !errors.As(err, &f) || f.status != exitUsage || f.hint == "" {
+			t.Errorf("%+v: got %q, %v, want wrong usage with a hint", flags, endpointsOf(got), err)
 		}
 	}
 }

@@ -387,17 +387,19 @@ func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 	return bound[0]
 }
 
+// newService returns a service with one broker and one job, without a log.
+func newService(name, endpoint string, answer func(token string, body [][]byte) Reply) *Service {
+	handler := func(_ brokerAddress, token string, body [][]byte) Reply { return answer(token, body) }
+	s := &Service{Name: name, Broker: brokerAddress{endpoint: endpoint}, Slots: newSlots(handler)}
+	s.logTo(noLog, true, false)
+	return s
+}
+
 // startService runs the service echo in this process until stop is called or the test ends.
-func startService(t testing.TB, endpoint string, handler Handler) (stop func()) {
+func startService(t testing.TB, endpoint string, answer func(token string, body [][]byte) Reply) (stop func()) {
 	t.Helper()
-	s := Service{
-		Name:           "echo",
-		Endpoint:       endpoint,
-		Handler:        handler,
-		heartbeatFlags: heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100},
-		log:            noLog,
-		brokerLog:      noLog,
-	}
+	s := newService("echo", endpoint, answer)
+	s.heartbeatFlags = heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Serve(ctx) }()
@@ -680,10 +682,13 @@ func (s *system) waitForMetric(name string, want int) {
 
 // runs returns the sorted words of a file. Commands append one word to it in each run.
 func (s *system) runs(name string) []string {
+	return slices.Sorted(slices.Values(s.words(name)))
+}
+
+// words returns the words of a file.
+func (s *system) words(name string) []string {
 	content, _ := os.ReadFile(filepath.Join(s.dir, name))
-	lines := strings.Fields(string(content))
-	slices.Sort(lines)
-	return lines
+	return strings.Fields(string(content))
 }
 
 // hang is a shell command that appends its argument to the file runs, waits until the file go

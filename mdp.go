@@ -19,7 +19,11 @@ import (
 //	request    = %x02 address '' *body              ; broker -> worker
 //	reply      = %x03 address '' *body              ; worker -> broker
 //	heartbeat  = %x04                               ; both ways
-//	disconnect = %x05 [ '77' reason ]               ; both ways; bbroker tells bservice what it may not
+//	disconnect = %x05 [ ( '75' / '77' ) reason ]    ; both ways
+//
+// With 77, bbroker tells bservice what it may not do. With 75, bservice gives its request back to bbroker,
+// because the commands of other brokers take all of its jobs. It stays registered, with heartbeats both ways,
+// but gets no request until it sends READY again. bbroker answers that with a request, or else a heartbeat.
 //
 // Every element is one frame, and a frame is any bytes. A ROUTER puts the identity of the peer at
 // the head of the address of a message that it receives, and takes it off one that it sends; at a
@@ -75,8 +79,11 @@ var (
 	errNoClient   = errors.New("no empty frame after the client's address")
 )
 
-// notAllowed is the frame by which bbroker tells bservice why it sends DISCONNECT.
-const notAllowed = "77"
+// The first of the two frames that tell why a peer sends DISCONNECT.
+const (
+	handedBack = "75"
+	notAllowed = "77"
+)
 
 const (
 	maxName     = 255 // bytes of a service's name
@@ -132,6 +139,14 @@ func Parse(frames [][]byte) (Message, error) {
 		return m, fmt.Errorf("unknown %v", m.Kind)
 	}
 	return m, nil
+}
+
+// because returns the reason of a DISCONNECT with a status. Peers of others may send frames that mean nothing.
+func (m Message) because(status string) (reason string, ok bool) {
+	if m.Kind != KindDisconnect || len(m.Body) != 2 || string(m.Body[0]) != status {
+		return "", false
+	}
+	return string(m.Body[1]), true
 }
 
 // Frames that messages share. They must not be written to.

@@ -119,8 +119,8 @@ func (s *system) startServiceIn(language string) (stop func()) {
 	if language == "go" {
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan error, 1)
-		service := &Service{Name: "peer", Endpoint: s.endpoint, Handler: peerHandler, log: noLog, brokerLog: noLog,
-			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5}}
+		service := newService("peer", s.endpoint, peerHandler)
+		service.heartbeatFlags = heartbeatFlags{Heartbeat: time.Second, Liveness: 5}
 		go func() { ended <- service.Serve(ctx) }()
 		stop = sync.OnceFunc(func() {
 			cancel()

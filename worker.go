@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	zmq "github.com/pebbe/zmq4"
@@ -23,7 +24,7 @@ request, without a shell, and replies with its output. An ARG {} stands for the
 arguments of the request. If the command fails, the reply also has its standard error
 and its exit status.
 
-  -j, --jobs N           serve up to N requests at a time (1); 0 is one per core
+  -j, --jobs N           serve up to N requests at a time in all (1); 0 is one per core
       --stdin            use the last argument of a request as standard input instead
       --timeout DURATION
                          end a command that takes longer, with status 124 (none; 30s
@@ -43,13 +44,14 @@ and its exit status.
       --grace DURATION   when stopped, let commands run this much longer (10s)
       --host HOST        host of the broker (127.0.0.1)
   -p, --port PORT        port of the broker (5555)
-  -b, --broker ENDPOINT  use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+  -b, --broker ENDPOINT  use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH;
+                         may be repeated. Several must be bbrokers: while all jobs are
+                         busy, a request is handed back, which others would forget
       --broker-key KEY   public key of the broker, for one that takes keys
       --key FILE         secret key of the service; the broker must know its public key
       --heartbeat DURATION
                          send a heartbeat this often (1s)
-      --liveness N       reconnect when the broker has been silent for N heartbeat
-                         intervals (5)
+      --liveness N       reconnect when the broker was silent for N heartbeats (5)
   -q, --quiet            print errors only
   -v, --verbose          log each request
   -h, --help
@@ -106,7 +108,7 @@ const (
 )
 
 func (t *serviceTool) Run() error {
-	address, err := t.address()
+	addresses, err := t.addresses()
 	if err != nil {
 		return err
 	}
@@ -137,32 +139,42 @@ func (t *serviceTool) Run() error {
 	if t.Jobs == 0 {
 		t.Jobs = runtime.GOMAXPROCS(0)
 	}
-	command := &CmdService{Name: t.Name, Endpoint: address.endpoint, Command: t.Command, Abort: abort, Stderr: stderr,
-		LabelStderr: t.Jobs > 1, NamedUsers: address.keys != nil || strings.HasPrefix(address.endpoint, "ipc://"), commandFlags: t.commandFlags}
+	command := &CmdService{Name: t.Name, Command: t.Command, Abort: abort, Stderr: stderr, LabelStderr: t.Jobs > 1, commandFlags: t.commandFlags}
 	if err := command.find(); err != nil {
 		return err
 	}
-	// Each job has a socket, and some that go with it.
-	if err := zmq.SetMaxSockets(10 + 8*t.Jobs); err != nil {
-		return fmt.Errorf("allow for %d jobs: %w", t.Jobs, err)
+	// Each job has a session with each broker. A session has a socket, and some that go with it.
+	sessions := t.Jobs * len(addresses)
+	if err := zmq.SetMaxSockets(10 + 8*sessions); err != nil {
+		return fmt.Errorf("allow for %d sessions: %w", sessions, err)
 	}
 	defer zmq.Term() // waits until the last reply and DISCONNECT have left
 
-	log.Info("service started", "version", buildVersion(), "command", strings.Join(t.Command, " "), "jobs", t.Jobs, "broker", address.endpoint)
-	ended := make(chan error)
+	endpoints := endpointsOf(addresses)
+	log.Info("service started", "version", buildVersion(), "command", strings.Join(t.Command, " "), "jobs", t.Jobs, "broker", endpoints)
+	free, ended, allEnded := newSlots(), make(chan error), make(chan struct{})
+	var jobs sync.WaitGroup
 	for i := range t.Jobs {
-		job := &Service{Name: t.Name, Endpoint: address.endpoint, Keys: address.keys, heartbeatFlags: t.heartbeatFlags, log: log, brokerLog: log}
-		if i > 0 {
-			job.brokerLog = slog.New(slog.DiscardHandler) // The others would say the same.
-		}
-		go func() { ended <- t.serve(stop, job, command) }()
+		jobs.Go(func() {
+			slot, closeSlot := t.open(stop, command, endpoints, log)
+			defer closeSlot()
+			free.put(slot)
+			for _, address := range addresses {
+				job := &Service{Name: t.Name, Broker: address, Slots: free, heartbeatFlags: t.heartbeatFlags}
+				job.logTo(log, i == 0, len(addresses) > 1)
+				go func() { ended <- job.Serve(stop) }()
+			}
+			<-allEnded // Until then, sessions of other jobs may need the slot.
+		})
 	}
-	for range t.Jobs {
+	for range sessions {
 		if failed := <-ended; failed != nil {
 			err = failed
 			endSoon()
 		}
 	}
+	close(allEnded)
+	jobs.Wait()
 	log.Info("service stopped")
 	var second *failure
 	if err == nil && errors.As(context.Cause(abort), &second) {
@@ -197,37 +209,49 @@ func (t *serviceTool) check() error {
 	return nil
 }
 
-// serve runs one job: a worker and, with --coproc, its process.
-func (t *serviceTool) serve(stop context.Context, job *Service, command *CmdService) error {
-	job.Handler = command.Handle
-	if t.Coproc {
-		process := &coprocess{CmdService: command, log: job.log, terminator: '\n', skipLines: t.SkipLines}
-		if t.Null {
-			process.terminator = 0
-		}
-		process.open(stop)
-		defer process.close()
-		job.Handler = process.Handle
+// open returns the slot of a job, which has a process with --coproc, and what closes it.
+func (t *serviceTool) open(stop context.Context, command *CmdService, endpoints string, log *slog.Logger) (slot Handler, closeSlot func()) {
+	if !t.Coproc {
+		return command.Handle, func() {}
 	}
-	return job.Serve(stop)
+	process := &coprocess{CmdService: command, endpoints: endpoints, log: log, terminator: '\n', skipLines: t.SkipLines}
+	if t.Null {
+		process.terminator = 0
+	}
+	process.open(stop)
+	return process.Handle, process.close
 }
 
-// A Handler answers one request. The token names the request in logs, those of the broker
-// included. A Service calls it for one request at a time.
-type Handler func(token string, body [][]byte) Reply
+// A Handler answers one request of a broker. The token names the request in logs, those of the broker
+// included. It is called for one request at a time.
+type Handler func(broker brokerAddress, token string, body [][]byte) Reply
 
-// Service serves requests for a name through a broker, one at a time.
+// Service serves requests for a name through a broker, one at a time. It shares the slots in which
+// commands run with others like it.
 type Service struct {
-	Name     string
-	Endpoint string
-	Keys     *linkKeys // nil for none
-	Handler  Handler
+	Name   string
+	Broker brokerAddress
+	Slots  *slots
 	heartbeatFlags
 
-	log       *slog.Logger
-	brokerLog *slog.Logger // of the connection to the broker
+	log        *slog.Logger // names the broker
+	brokerLog  *slog.Logger // of the connection to the broker
+	requestLog *slog.Logger
 
 	nextNotice time.Time // when to say that no broker is there; zero while one is
+}
+
+// logTo sets where the service logs. What happens to a connection is for the first job of a broker to
+// say: the others would say the same. Lines about requests name the broker if there are several.
+func (s *Service) logTo(log *slog.Logger, first, several bool) {
+	s.log = log.With("broker", s.Broker.endpoint)
+	s.brokerLog, s.requestLog = slog.New(slog.DiscardHandler), log
+	if first {
+		s.brokerLog = s.log
+	}
+	if several {
+		s.requestLog = s.log
+	}
 }
 
 // Serve registers with the broker and serves until stop is done: then it finishes the request in
@@ -249,9 +273,9 @@ func (s *Service) Serve(stop context.Context) error {
 			s.noticeMissing(begin, err)
 		case isRefusal(over):
 			pause = refusedPause
-			s.brokerLog.Error("refused", "broker", s.Endpoint, "why", over, "again_in", pause, "hint", failureOf(over).hint)
+			s.brokerLog.Error("refused", "why", over, "again_in", pause, "hint", failureOf(over).hint)
 		case over != errMissing:
-			s.brokerLog.Warn("connecting again", "broker", s.Endpoint, "why", over)
+			s.brokerLog.Warn("connecting again", "why", over)
 		}
 		select {
 		case <-time.After(time.Until(begin.Add(pause))):
@@ -280,7 +304,7 @@ func (s *Service) noticeMissing(now time.Time, why error) bool {
 		return false
 	}
 	s.nextNotice = now.Add(30 * time.Second)
-	s.brokerLog.Warn("waiting for a broker", "broker", s.Endpoint, "why", why)
+	s.brokerLog.Warn("waiting for a broker", "why", why)
 	return true
 }
 
@@ -290,7 +314,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 	// Queue messages only for a broker that is there: heartbeats would pile up, and READY would arrive
 	// too late to be true.
 	immediate := func(s *socket) error { return s.SetImmediate(true) }
-	broker, err := dial(stop, "bservice", brokerAddress{s.Endpoint, s.Keys}, immediate)
+	broker, err := dial(stop, "bservice", s.Broker, immediate)
 	if err != nil {
 		return nil, err
 	}
@@ -307,9 +331,10 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 		Service:  s,
 		send:     broker.send,
 		received: broker.received,
-		start: func(token string, body [][]byte) {
+		wake:     waiter.Wake,
+		start: func(slot Handler, token string, body [][]byte) {
 			go func() {
-				replies <- s.answer(token, body)
+				replies <- s.answer(slot, token, body)
 				waiter.Wake()
 			}()
 		},
@@ -345,6 +370,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 			current.Lose()
 		}
 		current.Start(time.Now())
+		current.Claim(time.Now())
 		select {
 		case body := <-replies:
 			length := sizeOf(body)
@@ -358,7 +384,7 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 			// Even if the session is over: there is one command at a time.
 			if stop.Err() != nil && !stopping {
 				stopping = true
-				s.log.Info("waiting for a command", "request", tokenOf(current.address))
+				s.requestLog.Info("waiting for a command", "request", tokenOf(current.address))
 			}
 		case current.over != nil:
 			return current.over, nil
@@ -369,18 +395,18 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 	}
 }
 
-// answer handles a request, logs it if it failed or if that is asked for, and returns the body of the
-// reply.
-func (s *Service) answer(token string, request [][]byte) [][]byte {
+// answer handles a request in a slot, logs it if it failed or if that is asked for, and returns the body
+// of the reply.
+func (s *Service) answer(slot Handler, token string, request [][]byte) [][]byte {
 	begin := time.Now()
-	reply := s.Handler(token, request)
+	reply := slot(s.Broker, token, request)
 	body := reply.Body()
 	level, message := slog.LevelDebug, "request done"
 	if reply.Status != 0 {
 		level, message = slog.LevelWarn, "request failed"
 	}
-	if s.log.Enabled(context.Background(), level) {
-		log := s.log.With("request", token, "status", reply.Status, "took", time.Since(begin).Round(time.Microsecond), "in", sizeOf(request), "out", sizeOf(body))
+	if s.requestLog.Enabled(context.Background(), level) {
+		log := s.requestLog.With("request", token, "status", reply.Status, "took", time.Since(begin).Round(time.Microsecond), "in", sizeOf(request), "out", sizeOf(body))
 		if reply.Reason != nil {
 			log = log.With("why", reply.Reason)
 		}

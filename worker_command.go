@@ -52,19 +52,15 @@ func (f *commandFlags) Validate() error {
 // CmdService answers each request by running a command. Any number of goroutines may use it
 // at the same time.
 type CmdService struct {
-	Name     string
-	Endpoint string
-	Command  operands        // {} stands for the frames of the request, else they follow at the end
-	Abort    context.Context // when done, running commands are ended
+	Name    string
+	Command operands        // {} stands for the frames of the request, else they follow at the end
+	Abort   context.Context // when done, running commands are ended
 	commandFlags
 
 	// Stderr is where the standard error of commands goes, line by line. LabelStderr tells which request a
 	// line belongs to.
 	Stderr      io.Writer
 	LabelStderr bool
-
-	// NamedUsers tells that the broker is a bbroker whose tokens end in the name of the caller.
-	NamedUsers bool
 }
 
 // find looks the command up, so that a service that cannot work fails before its first
@@ -122,7 +118,7 @@ func checkInterpreter(path string) error {
 func shellQuoted(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }
 
 // Handle runs the command with the frames of the body as arguments.
-func (c *CmdService) Handle(token string, body [][]byte) Reply {
+func (c *CmdService) Handle(broker brokerAddress, token string, body [][]byte) Reply {
 	var stdin []byte
 	if last := len(body) - 1; c.Stdin && last >= 0 {
 		body, stdin = body[:last], body[last]
@@ -131,7 +127,7 @@ func (c *CmdService) Handle(token string, body [][]byte) Reply {
 	if err != nil {
 		return c.refusal(cannotRun(err))
 	}
-	p := c.prepare(argv, "BACKBONE_REQUEST="+token, "BACKBONE_USER="+c.userOf(token))
+	p := c.prepare(argv, "BACKBONE_ENDPOINT="+broker.endpoint, "BACKBONE_REQUEST="+token, "BACKBONE_USER="+broker.userOf(token))
 	defer p.end(nil)
 	if len(stdin) > 0 {
 		p.Stdin = bytes.NewReader(stdin)
@@ -144,14 +140,6 @@ func (c *CmdService) Handle(token string, body [][]byte) Reply {
 	defer c.limitTime(p, "")()
 	status, reason := c.wait(p)
 	return c.result(p, status, reason)
-}
-
-// userOf returns the name of the caller of a request, or nothing if that is not known.
-func (c *CmdService) userOf(token string) string {
-	if at := strings.LastIndexByte(token, '@'); c.NamedUsers && at >= 0 {
-		return token[at+1:]
-	}
-	return ""
 }
 
 // argv returns the command with the frames of a request in their place.
@@ -226,7 +214,7 @@ func (c *CmdService) prepare(argv []string, env ...string) *process {
 	p.WaitDelay = max(c.KillAfter, 1)
 	p.Dir = c.Cwd
 	p.Env = slices.Concat(os.Environ(), c.Env,
-		[]string{"BACKBONE_SERVICE=" + c.Name, "BACKBONE_ENDPOINT=" + c.Endpoint}, env)
+		[]string{"BACKBONE_SERVICE=" + c.Name}, env)
 	p.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return p
 }
@@ -402,6 +390,7 @@ func (b *tailBuffer) End() {
 // request is a line of its input, and each line of its output is a reply.
 type coprocess struct {
 	*CmdService
+	endpoints  string // of all brokers
 	log        *slog.Logger
 	terminator byte // ends lines: a newline or NUL
 	skipLines  int  // that each process prints before it is ready
@@ -427,7 +416,7 @@ func (c *coprocess) bufferingHint() string {
 }
 
 // Handle writes a line to the process and waits for one.
-func (c *coprocess) Handle(token string, body [][]byte) Reply {
+func (c *coprocess) Handle(_ brokerAddress, token string, body [][]byte) Reply {
 	line, err := c.line(body)
 	if err != nil {
 		return c.refusal(cannotRun(err))
@@ -509,7 +498,7 @@ func (c *coprocess) ensureRunning(stop <-chan struct{}) (refused *Reply) {
 
 // launch starts a process.
 func (c *coprocess) launch() error {
-	p := c.prepare(c.Command, "BACKBONE_USER=") // It works for many callers.
+	p := c.prepare(c.Command, "BACKBONE_ENDPOINT="+c.endpoints, "BACKBONE_USER=") // It works for many callers.
 	output := newLineOutput(newLimitedBuffer(c.MaxOutput, p.end), c.terminator, c.skipLines)
 	c.redirect(p, output)
 	stdin, err := p.StdinPipe()

@@ -8,12 +8,16 @@ import (
 	"time"
 )
 
-// A session is one registration with a broker, from READY to DISCONNECT. It is a state machine
+// A session is one registration with a broker, from the first READY to DISCONNECT. It is a state machine
 // that knows no socket, no clock and no command: the loop around it calls a method for each event.
+//
+// A request needs a slot. If none is free, the session hands the request back and waits for one. The broker
+// still knows it, but gives it nothing before READY, which it sends when it has a slot.
 type session struct {
 	*Service
 	send  func(frames [][]byte) error
-	start func(token string, body [][]byte) // starts to work on a request; Finish takes the reply
+	wake  func()                                          // makes the loop call Claim; any goroutine may call it
+	start func(slot Handler, token string, body [][]byte) // starts to work on a request; Finish takes the reply
 
 	// received returns how many bytes the broker has sent so far; 0 if that is unknown.
 	received func() uint64
@@ -24,6 +28,11 @@ type session struct {
 	working    bool
 	address    [][]byte // of the client whose request is in hand
 	reply      *Message // finished but not sent
+
+	slot     Handler   // for the command that runs, or reserved; nil for none
+	reserved time.Time // until then; zero while a command runs
+	place    *place    // among those that wait for a slot; nil unless this one does
+
 	due        time.Time
 	silence    int    // heartbeats since the broker was last heard
 	heard      uint64 // bytes received, when the broker was last silent
@@ -38,10 +47,10 @@ func (s *session) unsent() bool {
 // Flush sends what the broker is owed: READY first of all, and a reply.
 func (s *session) Flush() {
 	if !s.registered {
-		s.registered = s.deliver(Message{Kind: KindReady, Service: []byte(s.Name)})
+		s.registered = s.deliver(s.ready())
 		if s.registered {
 			s.nextNotice = time.Time{}
-			s.brokerLog.Info("service connected", "broker", s.Endpoint)
+			s.brokerLog.Info("service connected")
 		}
 	}
 	if s.registered && s.reply != nil && s.deliver(*s.reply) {
@@ -58,6 +67,15 @@ func (s *session) deliver(m Message) bool {
 	return err == nil
 }
 
+// mustDeliver sends a message for which the broker must not wait. If it cannot be sent, the connection broke.
+func (s *session) mustDeliver(m Message) {
+	if !s.deliver(m) {
+		s.Lose()
+	}
+}
+
+func (s *session) ready() Message { return Message{Kind: KindReady, Service: []byte(s.Name)} }
+
 // Receive takes a message of the broker.
 func (s *session) Receive(frames [][]byte) {
 	if s.over != nil {
@@ -73,7 +91,7 @@ func (s *session) Receive(frames [][]byte) {
 	if err != nil {
 		if !s.complained {
 			s.complained = true
-			s.log.Error("bad message", "broker", s.Endpoint, "why", err)
+			s.log.Error("bad message", "why", err)
 		}
 		return
 	}
@@ -82,6 +100,10 @@ func (s *session) Receive(frames [][]byte) {
 	switch m.Kind {
 	case KindRequest:
 		s.request = &m
+	case KindHeartbeat:
+		if !s.reserved.IsZero() && s.request == nil { // The broker has no request.
+			s.release()
+		}
 	case KindDisconnect:
 		s.end(disconnected(m))
 	}
@@ -90,21 +112,70 @@ func (s *session) Receive(frames [][]byte) {
 // disconnected returns why the broker sent DISCONNECT: bbroker tells a service that its key may not serve
 // the name.
 func disconnected(m Message) error {
-	if len(m.Body) == 2 && string(m.Body[0]) == notAllowed {
-		return &failure{status: exitNotAllowed, err: errors.New(printable(string(m.Body[1]))), hint: mayServeHint}
+	if why, ok := m.because(notAllowed); ok {
+		return &failure{status: exitNotAllowed, err: errors.New(printable(why)), hint: mayServeHint}
 	}
 	return errors.New("the broker sent DISCONNECT")
 }
 
-// Start starts to work on a request that has come, if there is one. Call it when all that has come was
-// received: behind the request there may be a DISCONNECT.
+// Start starts to work on a request that has come, if there is one, or hands it back. Call it when all that
+// has come was received: behind the request there may be a DISCONNECT.
 func (s *session) Start(now time.Time) {
 	if s.request == nil || s.over != nil || s.stoodStill(now) {
 		return
 	}
 	m := s.request
-	s.request, s.address, s.working = nil, m.Client, true
-	s.start(tokenOf(m.Client), m.Body)
+	s.request = nil
+	if s.slot == nil && s.place == nil {
+		s.slot, s.place = s.Slots.take(s.Broker.endpoint, s.wake)
+	}
+	if s.slot == nil {
+		s.requestLog.Debug("request handed back", "request", tokenOf(m.Client))
+		s.mustDeliver(Message{Kind: KindDisconnect, Body: framesOf([]string{handedBack, "all jobs are busy"})})
+		return
+	}
+	if !s.reserved.IsZero() {
+		s.Slots.answered(s.Broker.endpoint)
+	}
+	s.address, s.working, s.reserved = m.Client, true, time.Time{}
+	s.start(s.slot, tokenOf(m.Client), m.Body)
+}
+
+// Claim registers anew when the session need not wait any more. If it was given a slot, it keeps it until the
+// broker has sent a request, or a heartbeat because it has none.
+func (s *session) Claim(now time.Time) {
+	if s.place == nil {
+		return
+	}
+	select {
+	case s.slot = <-s.place.slot:
+	default:
+		return
+	}
+	s.place = nil
+	if s.slot != nil {
+		s.reserved = now.Add(reservation)
+	}
+	s.mustDeliver(s.ready())
+}
+
+// reservation is how long a session keeps a slot for a broker that answers READY with nothing. Others wait
+// meanwhile.
+const reservation = 500 * time.Millisecond
+
+// release gives up the slot of the session, or its place, unless a command runs.
+func (s *session) release() {
+	switch {
+	case s.working:
+		return
+	case s.place != nil:
+		s.Slots.leave(s.place)
+	case !s.reserved.IsZero():
+		s.Slots.unanswered(s.Broker.endpoint, s.slot)
+	case s.slot != nil:
+		s.Slots.put(s.slot)
+	}
+	s.slot, s.place, s.reserved = nil, nil, time.Time{}
 }
 
 // stoodStill ends the session if this process did not run for so long that the broker has given it up:
@@ -131,13 +202,22 @@ func (s *session) Finish(body [][]byte) {
 	s.reply = &Message{Kind: KindReply, Client: s.address, Body: body}
 	if s.over != nil {
 		s.dropReply(s.over)
-		return
+	} else {
+		s.Flush()
 	}
-	s.Flush()
+	s.release()
 }
 
-// Tick sends the heartbeats and returns the time of the next call, zero for never.
+// Tick does what is due and returns the time of the next call, zero for never.
 func (s *session) Tick(now time.Time) time.Time {
+	if !s.reserved.IsZero() && !now.Before(s.reserved) {
+		s.release()
+	}
+	return earlier(s.beat(now), s.reserved)
+}
+
+// beat sends the heartbeats and returns when the next one is due, zero for never.
+func (s *session) beat(now time.Time) time.Time {
 	if s.over != nil {
 		return time.Time{}
 	}
@@ -170,10 +250,11 @@ func (s *session) Tick(now time.Time) time.Time {
 	return s.due
 }
 
-// end ends the session. A reply that was not sent never will be.
+// end ends the session. A reply that was not sent never will be. A command that runs keeps its slot.
 func (s *session) end(why error) {
 	s.over = why
 	s.dropReply(why)
+	s.release()
 }
 
 // errMissing is why a session ends if no broker was there for a while.
@@ -196,6 +277,7 @@ func (s *session) busy() bool {
 
 // Leave sends DISCONNECT.
 func (s *session) Leave() {
+	s.release()
 	s.dropReply(errors.New("the broker is gone"))
 	if s.registered {
 		s.deliver(Message{Kind: KindDisconnect})
@@ -205,7 +287,7 @@ func (s *session) Leave() {
 // dropReply logs that a reply, if there is one, cannot be sent any more.
 func (s *session) dropReply(why error) {
 	if s.reply != nil {
-		s.log.Error("reply dropped", "request", tokenOf(s.reply.Client), "why", why)
+		s.requestLog.Error("reply dropped", "request", tokenOf(s.reply.Client), "why", why)
 		s.reply = nil
 	}
 }

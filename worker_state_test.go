@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// noHandler is a slot in which no command runs.
+func noHandler(brokerAddress, string, [][]byte) Reply { return Reply{} }
+
 // A fakeSession is a session without a socket and a command: it records what the session sends and
 // which requests it starts, and its clock goes only when told to.
 type fakeSession struct {
@@ -20,17 +23,20 @@ type fakeSession struct {
 	started [][]string // bodies of requests
 	failure error      // of every send
 	bytes   uint64     // received
+	woken   bool       // since the last claim
 	clock   time.Time
 }
 
-func newFakeSession(t *testing.T) *fakeSession {
+func newFakeSession(t *testing.T) *fakeSession { return newFakeSessionWith(t, newSlots(noHandler)) }
+
+// newFakeSessionWith returns a session that shares slots with others.
+func newFakeSessionWith(t *testing.T, slots *slots) *fakeSession {
 	s := &fakeSession{t: t, clock: time.Unix(0, 0)}
 	s.session = &session{
 		Service: &Service{
 			Name:           "echo",
+			Slots:          slots,
 			heartbeatFlags: heartbeatFlags{Heartbeat: time.Second, Liveness: 5},
-			log:            noLog,
-			brokerLog:      noLog,
 		},
 		send: func(frames [][]byte) error {
 			if s.failure == nil {
@@ -39,8 +45,10 @@ func newFakeSession(t *testing.T) *fakeSession {
 			return s.failure
 		},
 		received: func() uint64 { return s.bytes },
-		start:    func(_ string, body [][]byte) { s.started = append(s.started, spell(body)) },
+		wake:     func() { s.woken = true },
+		start:    func(_ Handler, _ string, body [][]byte) { s.started = append(s.started, spell(body)) },
 	}
+	s.logTo(noLog, true, false)
 	s.Tick(s.clock)
 	return s
 }
@@ -56,6 +64,16 @@ func (s *fakeSession) from(spelled ...string) {
 	s.t.Helper()
 	s.Receive(frames(spelled...))
 	s.Start(s.clock)
+}
+
+// claim lets the session do what its loop does when the session has been woken.
+func (s *fakeSession) claim() {
+	s.t.Helper()
+	if !s.woken {
+		s.t.Fatal("the session was not woken")
+	}
+	s.woken = false
+	s.Claim(s.clock)
 }
 
 // pass advances the clock by n heartbeat intervals.
@@ -112,7 +130,8 @@ func TestReplyGoesToTheAddressOfItsRequest(t *testing.T) {
 func TestMissingBrokerIsReportedEveryHalfMinute(t *testing.T) {
 	s := newFakeSession(t)
 	var log bytes.Buffer
-	s.brokerLog, s.Endpoint = slog.New(slog.NewTextHandler(&log, nil)), "tcp://nowhere:5555"
+	s.Broker.endpoint = "tcp://nowhere:5555"
+	s.logTo(slog.New(slog.NewTextHandler(&log, nil)), true, false)
 	const waits = `level=WARN msg="waiting for a broker" broker=tcp://nowhere:5555 why="no broker is there"`
 	for _, want := range []struct {
 		seconds int
@@ -295,7 +314,7 @@ func TestReplyThatIsDroppedIsLoggedOnce(t *testing.T) {
 	} {
 		s := newFakeSession(t)
 		var log bytes.Buffer
-		s.log = slog.New(slog.NewTextHandler(&log, nil))
+		s.requestLog = slog.New(slog.NewTextHandler(&log, nil))
 		s.register()
 		s.from("", "MDPW01", "\x02", "C.7", "", "hello")
 		for _, event := range test.events {
