@@ -847,7 +847,7 @@ func TestSecretKeysDoNotAppearInWhatIsPrinted(t *testing.T) {
 		}
 	}
 	// What slog prints of anything else.
-	for _, value := range []any{address, &address, &guard{key: &secret, file: "x"}, &Service{Broker: address}, &Client{keys: keys}} {
+	for _, value := range []any{address, &address, &guard{key: &secret, file: "x"}, &Service{Broker: address}, &Client{brokers: []brokerAddress{address}}} {
 		check("%v", value)
 		check("%+v", value)
 	}

@@ -9,6 +9,8 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -35,7 +37,8 @@ and -- before an ARG that looks like a flag.
       --list              print the services of the broker
       --host HOST         host of the broker (127.0.0.1)
   -p, --port PORT         port of the broker (5555)
-  -b, --broker ENDPOINT   use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+  -b, --broker ENDPOINT   use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH;
+                          of several, the first that is there and has NAME served
       --broker-key KEY    public key of the broker, for one that takes keys
       --key FILE          your secret key; the broker must know its public key
   -q, --quiet             print errors only
@@ -94,26 +97,25 @@ type requestTool struct {
 }
 
 func (t *requestTool) Run() error {
-	addresses, err := t.addresses()
+	brokers, err := t.addresses()
 	if err != nil {
 		return err
 	}
-	address := addresses[0]
 	if err := t.check(); err != nil {
 		return err
 	}
 	if t.NoWait {
-		if err := t.requireService(address); err != nil {
+		if err := t.requireService(brokers); err != nil {
 			return err
 		}
 	}
 	switch {
 	case t.List:
-		return t.list(address)
+		return t.list(brokers)
 	case t.Each:
-		return t.each(address)
+		return t.each(brokers)
 	}
-	return t.once(address)
+	return t.once(brokers)
 }
 
 // defaultTimeout is the default of --timeout, but for the requests of a batch: they may wait behind
@@ -145,24 +147,29 @@ func (t *requestTool) check() error {
 
 // client returns a Client whose waiting ends with a signal, so that it can take back what it
 // asked for. A second signal, or one after restore, ends the process at once.
-func (t *requestTool) client(address brokerAddress) (client *Client, restore func()) {
-	stop, interrupt := context.WithCancelCause(context.Background())
-	restore = onSignals(stopSignals, func(s os.Signal) { interrupt(signalled(s)) })
-	client = NewClient(stop, address.endpoint)
-	client.keys = address.keys
+func (t *requestTool) client(brokers []brokerAddress) (client *Client, restore func()) {
+	stop, restore := interruptible()
+	client = newClient(stop, brokers)
+	client.service = t.Name
 	return client, restore
 }
 
+// interruptible returns a context that a signal ends.
+func interruptible() (stop context.Context, restore func()) {
+	stop, interrupt := context.WithCancelCause(context.Background())
+	return stop, onSignals(stopSignals, func(s os.Signal) { interrupt(signalled(s)) })
+}
+
 // once makes a single request.
-func (t *requestTool) once(address brokerAddress) error {
+func (t *requestTool) once(brokers []brokerAddress) error {
 	c := t.console("brequest")
-	client, restore := t.client(address)
+	client, restore := t.client(brokers)
 	defer restore()
 	body, err := t.readBody(client.stop, c)
 	if err != nil {
 		return err
 	}
-	c.debugf("%s: sending %d frames to %s", t.Name, len(body), address.endpoint)
+	c.debugf("%s: sending %d frames to %s", t.Name, len(body), client.Endpoint())
 
 	client.retrying = func(request *call, pause time.Duration) {
 		c.debugf("%s: status %d; trying again in %v", t.Name, request.status(), pause)
@@ -332,8 +339,8 @@ func (t *requestTool) serveHint() string {
 }
 
 // requireService fails if nobody serves the name, as far as the broker can tell.
-func (t *requestTool) requireService(address brokerAddress) error {
-	client, restore := t.client(address)
+func (t *requestTool) requireService(brokers []brokerAddress) error {
+	client, restore := t.client(brokers)
 	defer restore()
 	defer client.Disconnect()
 	code, err := t.lookUpService(client)
@@ -346,10 +353,41 @@ func (t *requestTool) requireService(address brokerAddress) error {
 	return t.explain(client, err)
 }
 
-// list prints the table of services as the broker sends it, or in columns for a person.
-func (t *requestTool) list(address brokerAddress) error {
-	client, restore := t.client(address)
+// list prints the table of services as the broker sends it, or in columns for a person. It asks several
+// brokers at the same time, and prints what those that answer send, with a column for the broker.
+func (t *requestTool) list(brokers []brokerAddress) error {
+	stop, restore := interruptible()
 	defer restore()
+	tables, failures := make([][]byte, len(brokers)), make([]error, len(brokers))
+	var asked sync.WaitGroup
+	for i, broker := range brokers {
+		asked.Go(func() { tables[i], failures[i] = t.tableOf(stop, broker) })
+	}
+	asked.Wait()
+	if stop.Err() != nil {
+		return context.Cause(stop)
+	}
+
+	table := tables[0]
+	if len(brokers) > 1 {
+		table = joinTables(tables, brokers)
+	}
+	if err := t.printTable(table); err != nil {
+		return err
+	}
+	failures = slices.DeleteFunc(failures, func(err error) bool { return err == nil })
+	if len(failures) == 0 {
+		return nil
+	}
+	for _, err := range failures[1:] {
+		t.console("brequest").report(err)
+	}
+	return failures[0]
+}
+
+// tableOf returns the table of services of a broker.
+func (t *requestTool) tableOf(stop context.Context, broker brokerAddress) ([]byte, error) {
+	client := newClient(stop, []brokerAddress{broker})
 	defer client.Disconnect()
 	patience := 5 * time.Second
 	if limit := t.timeout(); limit > 0 {
@@ -358,22 +396,44 @@ func (t *requestTool) list(address brokerAddress) error {
 	reply, err := client.Send(mmiServices, emptyBody, patience)
 	switch {
 	case err != nil && !errors.Is(err, errTimeout):
-		return err
+		return nil, err
 	case reply.FromBroker: // It may not be allowed.
 		os.Stderr.Write(reply.Stderr)
-		return failureIn(reply)
+		return nil, failureIn(reply)
 	case err != nil, len(reply.Output) != 1, string(reply.Output[0]) == mmiNotImplemented:
 		status := exitUnavailable
 		if err != nil {
 			status = exitTimeout
 		}
-		return &failure{status: status, err: fmt.Errorf("the broker at %s does not list its services", address.endpoint),
+		return nil, &failure{status: status, err: fmt.Errorf("the broker at %s does not list its services", broker.endpoint),
 			hint: "bbroker does; other brokers may not know " + mmiServices}
-	case !isatty.IsTerminal(os.Stdout.Fd()):
-		return outputFailure(t.print(os.Stdout, reply.Output))
+	}
+	return reply.Output[0], nil
+}
+
+// joinTables returns the lines of all tables below one header, each with the endpoint of its broker.
+func joinTables(tables [][]byte, brokers []brokerAddress) (joined []byte) {
+	for i, table := range tables {
+		for line := range bytes.Lines(table) {
+			isHeader, broker := string(line) == servicesHeader, brokers[i].endpoint
+			if isHeader {
+				broker = "broker"
+			}
+			if !isHeader || joined == nil {
+				joined = fmt.Appendf(joined, "%s\t%s\n", bytes.TrimSuffix(line, []byte("\n")), broker)
+			}
+		}
+	}
+	return joined
+}
+
+func (t *requestTool) printTable(table []byte) error {
+	if !isatty.IsTerminal(os.Stdout.Fd()) {
+		_, err := os.Stdout.Write(table)
+		return outputFailure(err)
 	}
 	columns := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	columns.Write(reply.Output[0])
+	columns.Write(table)
 	return outputFailure(columns.Flush())
 }
 
@@ -381,8 +441,11 @@ func (t *requestTool) list(address brokerAddress) error {
 // and Await. It is the loop around its callers: it owns their sockets and the clock. It belongs to
 // one goroutine.
 type Client struct {
-	endpoint string
-	keys     *linkKeys // nil for none
+	brokers  []brokerAddress      // in the order of preference
+	first    int                  // of the brokers, for the next search
+	resting  map[string]time.Time // until when brokers that stop are not tried, by their endpoint
+	service  string               // that decides between brokers; empty for none
+	seeker   *seeker              // looks for one of several brokers, nil if that is not needed
 	stop     context.Context
 	waiter   *pollWaiter
 	retrying func(c *call, pause time.Duration) // told of each retry; may be nil
@@ -405,7 +468,12 @@ type lane struct {
 
 // NewClient returns a client for the broker at an endpoint. When stop is done, its waiting ends.
 func NewClient(stop context.Context, endpoint string) *Client {
-	c := &Client{endpoint: endpoint, stop: stop, waiter: newPollWaiter()}
+	return newClient(stop, []brokerAddress{{endpoint: endpoint}})
+}
+
+// newClient returns a client for one of several brokers, in the order of preference.
+func newClient(stop context.Context, brokers []brokerAddress) *Client {
+	c := &Client{brokers: brokers, resting: map[string]time.Time{}, stop: stop, waiter: newPollWaiter()}
 	context.AfterFunc(stop, c.waiter.Wake)
 	return c
 }
@@ -425,11 +493,11 @@ func (c *Client) freeLane() *lane {
 			l.conn = nil // The next call gets a new connection.
 			l.closeDropped()
 		}
-		if c.correlated || !l.busy() {
+		if (c.correlated || !l.busy()) && !l.avoided(time.Now()) {
 			return l
 		}
 	}
-	l := &lane{caller: caller{endpoint: c.endpoint, correlated: c.correlated, retrying: c.retrying}}
+	l := &lane{caller: caller{endpoint: c.Endpoint(), several: len(c.brokers) > 1, correlated: c.correlated, retrying: c.retrying}}
 	c.lanes = append(c.lanes, l)
 	return l
 }
@@ -445,21 +513,108 @@ func (c *Client) connectLane(l *lane) error {
 		stop, cancel = context.WithDeadline(stop, l.due)
 		defer cancel()
 	}
-	address := brokerAddress{c.endpoint, c.keys}
-	if i := slices.IndexFunc(c.lanes, (*lane).connected); i >= 0 {
-		address = c.lanes[i].link.address // whose name need not be looked up again
+	address := c.brokers[0]
+	if i := slices.IndexFunc(c.lanes, (*lane).usable); i >= 0 {
+		address, l.endpoint = c.lanes[i].link.address, c.lanes[i].endpoint // whose name need not be looked up again
 	}
 	opened, err := dial(stop, "brequest", address)
 	if err != nil {
 		return err
 	}
-	l.link = opened
-	l.open(opened.send)
+	l.use(opened)
 	return nil
+}
+
+// seek looks for one of several brokers while calls wait for a connection and none is there. It returns the
+// sockets to wait for, and until when.
+func (c *Client) seek() (sockets []*socket, due time.Time) {
+	if len(c.brokers) == 1 || slices.ContainsFunc(c.lanes, (*lane).usable) || !slices.ContainsFunc(c.lanes, (*lane).seeks) {
+		c.stopSeeking()
+		return nil, due
+	}
+	if c.seeker == nil {
+		c.seeker = newSeeker(c.stop, slices.Concat(c.brokers[c.first:], c.brokers[:c.first]), c.service, c.waiter.Wake)
+		for _, k := range c.seeker.search {
+			k.rests = c.resting[k.address.endpoint]
+		}
+	}
+	return c.seeker.begin(time.Now())
+}
+
+// use lets calls go over a connection.
+func (l *lane) use(link *link) {
+	l.link = link
+	l.open(link.send)
+	l.conn.received = link.received
+}
+
+// usable tells whether the broker of a lane is there, for other lanes too.
+func (l *lane) usable() bool { return l.connected() && !l.avoided(time.Now()) }
+
+// seeks tells whether the calls of a lane wait for a connection that is still to be opened.
+func (l *lane) seeks() bool { return l.needsConnection() && l.link == nil }
+
+func (c *Client) stopSeeking() {
+	if c.seeker != nil {
+		c.seeker.close()
+		c.seeker = nil
+	}
+}
+
+// sought handles what the last wait found in the search. Calls go to the broker that was found.
+func (c *Client) sought(now time.Time) error {
+	if c.seeker == nil {
+		return nil
+	}
+	if err := c.seeker.handle(); err != nil {
+		return err
+	}
+	found, failure := c.seeker.found(now), c.seeker.failure()
+	i := slices.IndexFunc(c.lanes, (*lane).seeks)
+	switch {
+	case i < 0: // The calls have ended meanwhile.
+	case found != nil:
+		l := c.lanes[i]
+		c.first = slices.Index(c.brokers, found.address)
+		l.use(found.link)
+		found.link, l.endpoint = nil, found.address.endpoint
+		l.setConnected()
+	case failure != nil:
+		for _, l := range c.lanes {
+			l.refuse(failure, now)
+		}
+	default:
+		return nil
+	}
+	c.stopSeeking()
+	return nil
+}
+
+// moveOn lets calls go to another broker, if a lane has left its own or had better do so. The next search
+// begins behind that one.
+func (c *Client) moveOn(l *lane, now time.Time) {
+	avoids := len(l.waiting) > 0 && l.avoided(now)
+	if !l.left && !avoids {
+		return
+	}
+	if l.endpoint == c.brokers[c.first].endpoint {
+		c.first = (c.first + 1) % len(c.brokers)
+	}
+	if l.stops || avoids {
+		c.resting[l.endpoint] = now.Add(rest)
+	}
+	if avoids {
+		l.handOver(&c.freeLane().caller)
+		// Calls that are still to come go to the other lane, too.
+		c.lanes = append(slices.DeleteFunc(slices.Clone(c.lanes), func(other *lane) bool { return other == l }), l)
+		return
+	}
+	l.left, l.stops, l.endpoint = false, false, c.Endpoint()
 }
 
 // Disconnect closes the connections, and forgets the calls in flight.
 func (c *Client) Disconnect() {
+	c.stopSeeking()
 	for _, l := range c.lanes {
 		l.conn = nil
 		l.closeDropped()
@@ -475,8 +630,8 @@ func (l *lane) closeDropped() {
 	}
 }
 
-// Endpoint returns the endpoint of the broker.
-func (c *Client) Endpoint() string { return c.endpoint }
+// Endpoint returns the endpoint of the broker, or those of all.
+func (c *Client) Endpoint() string { return strings.ReplaceAll(endpointsOf(c.brokers), " ", ", ") }
 
 // connected tells whether the broker is there.
 func (c *Client) connected() bool { return slices.ContainsFunc(c.lanes, (*lane).connected) }
@@ -580,10 +735,11 @@ func (c *Client) Abandon() []*call {
 // step waits once and handles what happened.
 func (c *Client) step(until time.Time) error {
 	deadline := until
-	sockets := make([]*socket, 0, 1)
+	sockets, due := c.seek()
+	deadline = earlier(deadline, due)
 	busy := false
 	for _, l := range c.lanes {
-		if l.needsConnection() {
+		if l.needsConnection() && c.seeker == nil {
 			if err := c.connectLane(l); err != nil && !c.connected() {
 				return err
 			} else if err != nil { // The calls on other lanes can go on.
@@ -614,9 +770,13 @@ func (c *Client) step(until time.Time) error {
 		if err := l.handle(now, !deadline.IsZero() && !now.Before(deadline)); err != nil {
 			return err
 		}
+		c.moveOn(l, now)
+	}
+	if err := c.sought(now); err != nil {
+		return err
 	}
 	if unreachable := c.reachDeadline(busy); !unreachable.IsZero() && !now.Before(unreachable) {
-		return fmt.Errorf("%w at %s within %v", errNoBroker, c.endpoint, c.reachLimit)
+		return fmt.Errorf("%w at %s within %v", errNoBroker, c.Endpoint(), c.reachLimit)
 	}
 	return nil
 }
@@ -668,6 +828,10 @@ func (l *lane) update() error {
 	err := l.link.update()
 	if l.link.connected {
 		l.setConnected()
+	}
+	if l.several && l.link.retried && !l.link.broken && l.conn != nil && !l.conn.connected {
+		l.recall() // Nothing has left the socket.
+		l.leave()
 	}
 	if l.link.refused != nil {
 		l.refuse(fmt.Errorf("%w: %s", l.link.refused, l.endpoint), time.Now())

@@ -71,13 +71,13 @@ func (f *eachFlags) check() error {
 }
 
 // each makes a batch of standard input.
-func (t *requestTool) each(address brokerAddress) error {
+func (t *requestTool) each(brokers []brokerAddress) error {
 	log, err := openJobLog(t.Joblog, t.Name, t.Resume)
 	if err != nil {
 		return err
 	}
 	defer log.file.Close()
-	client, restore := t.client(address)
+	client, restore := t.client(brokers)
 	defer restore()
 	jobs := defaultJobs
 	if t.Jobs != nil {

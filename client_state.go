@@ -18,6 +18,7 @@ type call struct {
 	timeout time.Duration // of each try; 0 for none
 	retries int           // how often it is tried again after a temporary failure
 	patient bool          // while the broker refuses it, it is sent again within its timeout
+	mobile  bool          // another broker may get it, if one refuses it because it stops
 
 	ended bool
 	reply Reply
@@ -78,7 +79,13 @@ var (
 // an error. After a temporary failure it pauses before its next try, if it has one left. If it is
 // patient and the broker has refused it, it waits again, and all those that wait are held back.
 type caller struct {
-	endpoint string // for errors
+	endpoint string // of the broker, or of all that it may be, for errors
+
+	// several tells that there are other brokers. Calls that have not begun then leave one that is lost
+	// or about to stop.
+	several bool
+	left    bool // the broker was left, since the loop looked last
+	stops   bool // because it is about to stop
 
 	// With correlation, any number of calls are in flight: each has a frame of its own at the
 	// head of its address, which a broker that knows address stacks gives back. Without it there
@@ -103,6 +110,9 @@ type connection struct {
 	connected bool             // the broker is there
 	inFlight  map[string]*call // by correlation
 	cancels   int              // that the broker has not confirmed
+	cancelled time.Time        // when the first of them was sent, or the broker was heard since
+	received  func() uint64    // bytes over the connection so far; 0 if that is unknown
+	heard     uint64           // of them, when that was checked last
 	closing   time.Time        // when it is closed even if cancels are left; zero while it takes calls
 	draining  bool             // the broker is about to stop, and would refuse what is sent to it
 	failed    *call            // ends when the connection is closed; only without correlation
@@ -112,10 +122,13 @@ type connection struct {
 // requests. Brokers other than ours do not know mmi.cancel.
 const cancelPatience = 500 * time.Millisecond
 
+// brokerPatience is how long a broker may take for that before calls go to another one.
+const brokerPatience = 5 * time.Second
+
 // begin takes a new call.
 func (r *caller) begin(c *call, now time.Time) {
 	r.begun++
-	c.number = r.begun
+	c.number, c.mobile = r.begun, r.several
 	r.try(c, now)
 }
 
@@ -143,14 +156,14 @@ func (r *caller) needsConnection() bool { return r.conn == nil && len(r.waiting)
 
 // open gives the caller a connection. What it sends before a broker is there waits in the socket.
 func (r *caller) open(send func(frames [][]byte) error) {
-	r.conn = &connection{send: send, inFlight: map[string]*call{}}
+	r.conn = &connection{send: send, received: func() uint64 { return 0 }, inFlight: map[string]*call{}}
 	r.held = holdBack{}
 }
 
 // flush sends the calls that wait, as long as the connection takes them. It tells whether to call
 // it again when the connection takes messages again.
 func (r *caller) flush() (blocked bool) {
-	for len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) && r.held.allows(len(r.conn.inFlight)) {
+	for len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) && !(r.several && r.conn.cancels > 0) && r.held.allows(len(r.conn.inFlight)) {
 		c := r.waiting[0]
 		err := r.send(c.service, c.body, c.correlation)
 		if err == errWouldBlock {
@@ -188,7 +201,7 @@ func (r *caller) setConnected() {
 
 // release frees the body of a call that was sent and is not sent again: the reply may need the memory.
 func (c *call) release() {
-	if c.tries > c.retries && !c.patient {
+	if c.tries > c.retries && !c.patient && !c.mobile {
 		length := sizeOf(c.body)
 		c.body = nil
 		freeMemory(length)
@@ -205,9 +218,11 @@ func (r *caller) send(service string, body [][]byte, correlation string) error {
 
 // sendCancel asks the broker to drop a request if it has not begun, or all of them if the
 // correlation is empty.
-func (r *caller) sendCancel(correlation string) {
+func (r *caller) sendCancel(correlation string, now time.Time) {
 	if err := r.send(mmiCancel, emptyBody, correlation); err == nil {
-		r.conn.cancels++
+		if r.conn.cancels++; r.conn.cancels == 1 {
+			r.conn.cancelled = now
+		}
 	}
 }
 
@@ -216,6 +231,9 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 	r.setConnected() // The monitor does not report peers that speak ZMTP 2.
 	m, err := Parse(frames)
 	correlation := ""
+	if err == nil && r.several && string(m.Service) == mmiService && len(m.Address) == 0 && !r.asks(mmiService) {
+		return // It answers a question of the search, late.
+	}
 	switch {
 	case err != nil:
 	case m.Kind != KindClient:
@@ -235,6 +253,7 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 	switch {
 	case string(m.Service) == mmiCancel && (c == nil || c.service != mmiCancel):
 		r.conn.cancels--
+		r.conn.cancelled = now // The others get their time, too.
 		if c != nil && c.cancelling && len(m.Body) == 1 && string(m.Body[0]) == mmiFound {
 			r.end(c, Reply{}, errCancelled, now)
 		}
@@ -250,6 +269,53 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 		}
 		r.end(c, reply, nil, now)
 	}
+	r.leaveIfDone()
+}
+
+// leaveIfDone drops the connection to a broker that is about to stop, when it owes no reply.
+func (r *caller) leaveIfDone() {
+	if r.several && r.conn != nil && r.conn.draining && r.conn.closing.IsZero() && len(r.conn.inFlight) == 0 {
+		r.leave()
+		r.stops = true
+	}
+}
+
+// recall drops a connection that was not there yet. The calls are in the socket, from where they would go to
+// a broker that comes later.
+func (r *caller) recall() {
+	if r.conn != nil {
+		r.waiting = slices.Concat(r.inFlightInOrder(), r.waiting)
+		r.conn = nil
+	}
+}
+
+// leave drops the connection. What waits goes to another broker.
+func (r *caller) leave() { r.conn, r.left = nil, true }
+
+// avoided tells whether calls that wait had better go to another broker: this one is about to stop, or it
+// confirms no cancels, as one that is frozen.
+func (r *caller) avoided(now time.Time) bool {
+	k := r.conn
+	return r.several && k != nil && k.closing.IsZero() && (k.draining || k.cancels > 0 && now.Sub(k.cancelled) >= cancelPatience)
+}
+
+// handOver gives the calls that wait to another caller.
+func (r *caller) handOver(other *caller) {
+	for _, c := range r.waiting {
+		other.begun++
+		c.number = other.begun
+		if other.correlated {
+			c.correlation = fmt.Sprintf("%d.%d", c.number, c.tries)
+		}
+		other.due = earlier(other.due, c.due)
+	}
+	other.waiting, r.waiting = append(other.waiting, r.waiting...), nil
+}
+
+// asks tells whether a call to a service without a correlation is in flight.
+func (r *caller) asks(service string) bool {
+	c := r.conn.inFlight[""]
+	return c != nil && c.service == service
 }
 
 // lost is called when the connection broke, after its last messages.
@@ -261,6 +327,9 @@ func (r *caller) lost(now time.Time) {
 	r.held = holdBack{}
 	r.closeIfDone(now)
 	r.fail(fmt.Errorf("%w at %s before its reply", errLost, r.endpoint), now)
+	if r.several {
+		r.leave()
+	}
 }
 
 // fail ends the calls in flight and drops the connection. Without calls in flight nothing is
@@ -312,7 +381,7 @@ func (r *caller) end(c *call, reply Reply, err error, now time.Time) {
 func (r *caller) conclude(c *call, now time.Time) {
 	refused := c.refused()
 	switch {
-	case c.patient && refused && (c.due.IsZero() || now.Before(c.due)):
+	case (c.patient || c.mobile && r.conn != nil && r.conn.draining) && refused && (c.due.IsZero() || now.Before(c.due)):
 		r.held.refused(len(r.conn.inFlight), now)
 		r.waiting = append([]*call{c}, r.waiting...)
 		r.due = earlier(r.due, earlier(c.due, r.held.probe))
@@ -402,7 +471,7 @@ func (r *caller) takeEnded() []*call {
 // cancel asks for the end of a call: it ends with errCancelled if it has not begun, and otherwise
 // as if nothing had been asked. It is not sent again.
 func (r *caller) cancel(c *call, now time.Time) {
-	c.retries, c.patient = 0, false
+	c.retries, c.patient, c.mobile = 0, false, false
 	for _, list := range []*[]*call{&r.waiting, &r.pausing} {
 		if i := slices.Index(*list, c); i >= 0 {
 			*list = slices.Delete(*list, i, i+1)
@@ -412,7 +481,7 @@ func (r *caller) cancel(c *call, now time.Time) {
 	}
 	if r.conn != nil && r.conn.inFlight[c.correlation] == c {
 		c.cancelling = true
-		r.sendCancel(c.correlation)
+		r.sendCancel(c.correlation, now)
 	}
 }
 
@@ -425,11 +494,11 @@ func (r *caller) abandon(now time.Time) {
 	}
 	queued := false
 	for _, c := range r.conn.inFlight {
-		c.retries, c.patient = 0, false
+		c.retries, c.patient, c.mobile = 0, false, false
 		queued = queued || c.mayQueue()
 	}
 	if queued && r.conn.connected {
-		r.sendCancel("")
+		r.sendCancel("", now)
 	}
 	r.close(now)
 }
@@ -453,18 +522,35 @@ func (r *caller) closeIfDone(now time.Time) {
 
 // deadline returns when tick has something to do, zero for never.
 func (r *caller) deadline() time.Time {
-	if r.conn != nil {
-		return earlier(r.due, r.conn.closing)
+	if r.conn == nil {
+		return r.due
 	}
-	return r.due
+	due := earlier(r.due, r.conn.closing)
+	if r.several && r.conn.cancels > 0 {
+		due = earlier(due, r.conn.cancelled.Add(brokerPatience))
+		if len(r.waiting) > 0 {
+			due = earlier(due, r.conn.cancelled.Add(cancelPatience))
+		}
+	}
+	return due
 }
 
 // tick does what is due.
 func (r *caller) tick(now time.Time) {
 	r.closeIfDone(now)
+	if k := r.conn; r.several && k != nil && k.cancels > 0 {
+		// The answer waits behind a long frame. Bytes that arrive are a sign of life as well.
+		if n := k.received(); n != k.heard {
+			k.heard, k.cancelled = n, now
+		}
+		if now.Sub(k.cancelled) >= brokerPatience {
+			r.lost(now)
+		}
+	}
 	if !r.due.IsZero() && !now.Before(r.due) {
 		r.expire(now)
 	}
+	r.leaveIfDone()
 }
 
 // expire ends the calls whose time is over, and tries again those whose pause is over.
@@ -486,14 +572,13 @@ func (r *caller) expire(now time.Time) {
 	var overdue, again []*call
 	if r.conn != nil {
 		if _, overdue = split(r.inFlightInOrder(), timeout); len(overdue) > 0 && !r.conn.connected {
-			// They are in the socket, from where they would go to a broker that comes later.
-			r.waiting = slices.Concat(r.inFlightInOrder(), r.waiting)
-			r.conn, overdue = nil, nil
+			r.recall()
+			overdue = nil
 		}
 	}
 	for _, c := range overdue {
 		if c.mayQueue() {
-			r.sendCancel(c.correlation)
+			r.sendCancel(c.correlation, now)
 		}
 		r.end(c, Reply{}, fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout), now)
 	}

@@ -857,8 +857,8 @@ func fakeGreeter(t *testing.T, mechanism, more string, closes bool) string {
 func TestBrokerThatClosesConnectionsIsNotTakenForAnotherOne(t *testing.T) {
 	t.Parallel()
 	own := secretKey(keyOf("own"))
-	client := NewClient(context.Background(), fakeGreeter(t, "CURVE", "", true))
-	client.keys = &linkKeys{broker: keyOf("broker"), own: &own}
+	keys := &linkKeys{broker: keyOf("broker"), own: &own}
+	client := newClient(context.Background(), []brokerAddress{{fakeGreeter(t, "CURVE", "", true), keys}})
 	defer client.Disconnect()
 	if _, err := client.Send("s", frames("x"), 2*time.Second); !errors.Is(err, errNoBroker) {
 		t.Errorf("the error is %v, want %v", err, errNoBroker)

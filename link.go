@@ -25,6 +25,7 @@ type link struct {
 	connected  bool          // the broker is there
 	broken     bool          // it was, and the connection broke
 	source     int           // the descriptor of the connection, or -1
+	retried    bool          // an attempt to connect failed, and ZeroMQ tries again
 	failed     int           // handshakes in a row
 	suspicions int           // times in a row that they failed while the broker kept another connection
 	mayProbe   bool          // once at a time
@@ -52,7 +53,7 @@ func dial(ctx context.Context, name string, address brokerAddress, options ...fu
 		s.SetReconnectIvl(20*time.Millisecond),
 		s.SetReconnectIvlMax(time.Second),
 		setTransport(s, endpoint),
-		s.watch(zmq.EVENT_CONNECTED|zmq.EVENT_DISCONNECTED|zmq.EVENT_HANDSHAKE_SUCCEEDED|
+		s.watch(zmq.EVENT_CONNECTED|zmq.EVENT_CONNECT_RETRIED|zmq.EVENT_DISCONNECTED|zmq.EVENT_HANDSHAKE_SUCCEEDED|
 			zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL|zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL|zmq.EVENT_HANDSHAKE_FAILED_AUTH),
 	)
 	if address.keys != nil {
@@ -126,6 +127,8 @@ func (l *link) update() error {
 			return err
 		case event == zmq.EVENT_CONNECTED:
 			l.source = value
+		case event == zmq.EVENT_CONNECT_RETRIED:
+			l.retried = true
 		case event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
 			l.connected, l.failed, l.suspicions = true, 0, 0
 		case event == zmq.EVENT_DISCONNECTED:

@@ -20,7 +20,7 @@ import (
 // the same in all network namespaces.
 type network struct {
 	*system
-	hosts [2]string // the names of the namespaces, the broker's first
+	hosts []string // the names of the namespaces, the broker's first
 }
 
 const (
@@ -33,6 +33,16 @@ const (
 // another.
 func newNetwork(t *testing.T, flags ...string) *network {
 	t.Helper()
+	n := newHosts(t, 2)
+	n.join(0, linkDevice, brokerIP, 1, linkDevice, remoteAddress)
+	n.broker = n.startOn(0, n.endpoint, "bbroker", append([]string{"--heartbeat", "100ms",
+		"--broker", n.endpoint, "--broker", n.remoteEndpoint()}, flags...)...)
+	return n
+}
+
+// newHosts returns a network of hosts that nothing joins yet.
+func newHosts(t *testing.T, count int) *network {
+	t.Helper()
 	switch {
 	case runtime.GOOS != "linux":
 		t.Skip("only Linux has network namespaces")
@@ -43,8 +53,8 @@ func newNetwork(t *testing.T, flags ...string) *network {
 		skipAsRoot(t, "iproute2 is not installed; run scripts/bootstrap --all")
 	}
 	n := &network{system: newSystemWithoutBroker(t)}
-	for i := range n.hosts {
-		n.hosts[i] = fmt.Sprintf("backbone-%d-%d", os.Getpid(), i)
+	for i := range count {
+		n.hosts = append(n.hosts, fmt.Sprintf("backbone-%d-%d", os.Getpid(), i))
 	}
 	n.removeAtTheEnd()
 	for _, host := range n.hosts {
@@ -52,18 +62,21 @@ func newNetwork(t *testing.T, flags ...string) *network {
 			skipAsRoot(t, "root cannot make network namespaces here: "+string(output))
 		}
 	}
-	// Both ends are made inside, so that the network of this machine does not change.
-	if output, err := exec.Command("ip", "link", "add", linkDevice, "netns", n.hosts[0],
-		"type", "veth", "peer", "name", linkDevice, "netns", n.hosts[1]).CombinedOutput(); err != nil {
-		skipAsRoot(t, "this kernel has no virtual Ethernet devices: "+string(output))
-	}
-	for i, address := range []string{brokerIP, remoteAddress} {
-		n.ip(i, "address", "add", address+"/30", "dev", linkDevice)
-		n.ip(i, "link", "set", linkDevice, "up")
-	}
-	n.broker = n.startOn(0, n.endpoint, "bbroker", append([]string{"--heartbeat", "100ms",
-		"--broker", n.endpoint, "--broker", n.remoteEndpoint()}, flags...)...)
 	return n
+}
+
+// join joins two hosts by a link, which each has as a device with an address.
+func (n *network) join(host int, device, address string, otherHost int, otherDevice, otherAddress string) {
+	n.t.Helper()
+	// Both ends are made inside, so that the network of this machine does not change.
+	if output, err := exec.Command("ip", "link", "add", device, "netns", n.hosts[host],
+		"type", "veth", "peer", "name", otherDevice, "netns", n.hosts[otherHost]).CombinedOutput(); err != nil {
+		skipAsRoot(n.t, "this kernel has no virtual Ethernet devices: "+string(output))
+	}
+	n.ip(host, "address", "add", address+"/30", "dev", device)
+	n.ip(otherHost, "address", "add", otherAddress+"/30", "dev", otherDevice)
+	n.ip(host, "link", "set", device, "up")
+	n.ip(otherHost, "link", "set", otherDevice, "up")
 }
 
 // skipAsRoot skips a test that root can run on a machine with all that the tests need.
@@ -78,12 +91,13 @@ func skipAsRoot(t testing.TB, why string) {
 // removeAtTheEnd removes the hosts and what runs on them at the end of the test, even if this
 // process is killed or panics: then the shell that does it reads the end of its input.
 func (n *network) removeAtTheEnd() {
-	remover := exec.Command("sh", "-c", `trap "" HUP INT QUIT TERM
+	script := `trap "" HUP INT QUIT TERM
 		read x
 		for host; do
 			kill -9 $(ip netns pids $host)
 			ip netns delete $host
-		done 2>/dev/null`, "sh", n.hosts[0], n.hosts[1])
+		done 2>/dev/null`
+	remover := exec.Command("sh", append([]string{"-c", script, "sh"}, n.hosts...)...)
 	stdin, err := remover.StdinPipe()
 	if err == nil {
 		err = remover.Start()

@@ -1,0 +1,242 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// A search looks for the broker that a client is to use, among several in the order of preference: the
+// first that is there and knows somebody who serves the name. Attempts overlap. It is a state machine that
+// knows no socket and no clock: the loop around it begins what next returns, and tells what became of it.
+type search []*candidate
+
+// A candidate is a broker that may be chosen.
+type candidate struct {
+	address brokerAddress
+	rests   time.Time // the first attempt begins no sooner
+	begun   time.Time // zero before the first attempt
+	passed  bool      // others need not wait for it
+	verdict verdict
+	err     error // why it failed
+
+	link  *link // of the attempt
+	asked bool  // over the link, whether somebody serves the name
+}
+
+type verdict int
+
+const (
+	undecided verdict = iota
+	unserving         // it is there, but nobody serves the name
+	serving
+	failed // for good
+)
+
+const (
+	// overlap is how long the next attempt waits for one that neither succeeds nor fails.
+	overlap = 250 * time.Millisecond
+
+	// farthest is how long a broker may take to tell whether it has the service, before a request waits at
+	// one that has not. Over a long way, it takes some round trips.
+	farthest = time.Second
+
+	// rest is how long a broker that stops, or whose name is unknown, is not tried again.
+	rest = time.Second
+)
+
+func newSearch(addresses []brokerAddress) (s search) {
+	for _, address := range addresses {
+		s = append(s, &candidate{address: address})
+	}
+	return s
+}
+
+// next returns the candidate whose attempt begins now, or nil.
+func (s search) next(now time.Time) *candidate {
+	for i, k := range s {
+		switch {
+		case !k.begun.IsZero() || now.Before(k.rests):
+		case i > 0 && !s[i-1].silentFor(overlap, now):
+			return nil
+		default:
+			k.begun, k.verdict, k.err = now, undecided, nil
+			return k
+		}
+	}
+	return nil
+}
+
+// silentFor tells whether nothing is known of a candidate after so long, or nothing will be known soon.
+func (k *candidate) silentFor(d time.Duration, now time.Time) bool {
+	return k.passed || now.Before(k.rests) || !k.begun.IsZero() && now.Sub(k.begun) >= d
+}
+
+// lose is called when an attempt failed or its connection broke. Another one may succeed.
+func (k *candidate) lose() { k.passed, k.verdict = true, undecided }
+
+// fail is called when no attempt will succeed.
+func (k *candidate) fail(err error) { k.passed, k.verdict, k.err = true, failed, err }
+
+// decide is called when the broker has told whether somebody serves the name.
+func (k *candidate) decide(served bool) {
+	k.passed, k.verdict = true, unserving
+	if served {
+		k.verdict = serving
+	}
+}
+
+// found returns the candidate to use, or nil as long as there is none. If nobody serves the name
+// anywhere, it is the first of those that are there.
+func (s search) found(now time.Time) *candidate {
+	if k := s.first(serving); k != nil {
+		return k
+	}
+	if slices.ContainsFunc(s, func(k *candidate) bool { return !k.silentFor(farthest, now) }) {
+		return nil
+	}
+	return s.first(unserving)
+}
+
+// first returns the first candidate with a verdict, or nil.
+func (s search) first(v verdict) *candidate {
+	if i := slices.IndexFunc(s, func(k *candidate) bool { return k.verdict == v }); i >= 0 {
+		return s[i]
+	}
+	return nil
+}
+
+// failure returns why there will be no broker, or nil if there may be one.
+func (s search) failure() error {
+	if slices.ContainsFunc(s, func(k *candidate) bool { return k.verdict != failed }) {
+		return nil
+	}
+	return s[0].err
+}
+
+// deadline returns when next or found may return something else without an event, zero for never.
+func (s search) deadline(now time.Time) (due time.Time) {
+	for _, k := range s {
+		switch {
+		case now.Before(k.rests):
+			due = earlier(due, k.rests)
+		case k.begun.IsZero():
+		case !k.silentFor(overlap, now):
+			due = earlier(due, k.begun.Add(overlap))
+		case !k.silentFor(farthest, now):
+			due = earlier(due, k.begun.Add(farthest))
+		}
+	}
+	return due
+}
+
+// A seeker is the loop around a search. It owns the sockets of the attempts.
+type seeker struct {
+	search
+	service string // empty if any broker will do
+	stop    context.Context
+	cancel  context.CancelFunc // of the looking up of names
+	known   chan func()        // what to do when a name was looked up
+	wake    func()
+}
+
+// newSeeker returns a seeker for a broker where a service is served.
+func newSeeker(stop context.Context, addresses []brokerAddress, service string, wake func()) *seeker {
+	s := &seeker{search: newSearch(addresses), service: service, known: make(chan func(), len(addresses)), wake: wake}
+	s.stop, s.cancel = context.WithCancel(stop)
+	return s
+}
+
+// close closes the connections that were not taken.
+func (s *seeker) close() {
+	s.cancel()
+	for _, k := range s.search {
+		if k.link != nil {
+			k.link.Close()
+		}
+	}
+}
+
+// begin begins the attempts that are due, and returns the sockets to wait for and when to call it again.
+func (s *seeker) begin(now time.Time) (sockets []*socket, due time.Time) {
+	for k := s.next(now); k != nil; k = s.next(now) {
+		s.lookUp(k)
+	}
+	for _, k := range s.search {
+		if k.link != nil {
+			sockets = append(sockets, k.link.socket)
+		}
+	}
+	return sockets, s.deadline(now)
+}
+
+// lookUp begins to look up the name of a broker's host, which may take long, and then to connect.
+func (s *seeker) lookUp(k *candidate) {
+	go func() {
+		endpoint, err := lookUp(s.stop, k.address.endpoint)
+		s.known <- func() {
+			if err == nil {
+				k.link, err = dial(s.stop, "brequest", brokerAddress{endpoint, k.address.keys})
+			}
+			if err != nil {
+				k.fail(err)
+			}
+			if errors.Is(err, errLookUp) { // The name may be known later.
+				k.begun, k.rests = time.Time{}, time.Now().Add(rest)
+			}
+		}
+		s.wake()
+	}()
+}
+
+// handle handles what a wait found. An error is that of a socket.
+func (s *seeker) handle() error {
+	for len(s.known) > 0 {
+		(<-s.known)()
+	}
+	for _, k := range s.search {
+		if k.link == nil {
+			continue
+		}
+		if err := s.follow(k); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// follow handles what happened to an attempt.
+func (s *seeker) follow(k *candidate) error {
+	if err := k.link.update(); err != nil {
+		return err
+	}
+	if k.link.retried || k.link.broken {
+		k.link.retried, k.link.broken, k.asked = false, false, false
+		k.lose()
+	}
+	switch {
+	case k.link.refused != nil:
+		k.fail(fmt.Errorf("%w: %s", k.link.refused, k.address.endpoint))
+		k.link.Close()
+		k.link = nil
+		return nil
+	case k.link.connected && s.service == "":
+		k.decide(true)
+	case k.link.connected && !k.asked:
+		k.asked = true
+		k.link.send(Message{Kind: KindClient, Service: []byte(mmiService), Body: framesOf([]string{s.service})}.Frames())
+	}
+	for k.asked {
+		frames, err := k.link.receive()
+		if err != nil || frames == nil {
+			return err
+		}
+		// A broker of others may not know who serves the name.
+		m, _ := Parse(frames)
+		reply := ParseReply(m.Body)
+		k.decide(serviceCode(reply) != mmiNotFound && reply.Status != exitNotAllowed)
+	}
+	return nil
+}
