@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -1640,5 +1641,596 @@ func TestKeysOfTheEnvironmentAreNotForIPCInAnyLanguage(t *testing.T) {
 		if got := peerKeysAsk(s, language, variables, peerKeysOptions{}); got[0] != "hello" {
 			t.Errorf("the result is %q", got)
 		}
+	})
+}
+
+// A brokersPeer is a fake broker. It answers mmi.service with a code, if it has one, and other requests with
+// its endpoint. It does not answer the message never, and it ends without an answer to the message die.
+type brokersPeer struct {
+	endpoint string
+	ended    <-chan struct{}
+	mu       sync.Mutex
+	requests []string // the services and messages that it received, but not mmi.service
+}
+
+// newBrokersPeer starts one at an endpoint, and keeps it waiting before it answers mmi.service.
+func newBrokersPeer(t *testing.T, endpoint, code string, wait time.Duration) *brokersPeer {
+	t.Helper()
+	p := newPeer(t, zmq.ROUTER)
+	if err := errors.Join(p.Bind(endpoint), p.SetRcvtimeo(10*time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	bound, _ := p.GetLastEndpoint()
+	ended := make(chan struct{})
+	b := &brokersPeer{endpoint: bound, ended: ended}
+	ctx, cancel := context.WithCancel(context.Background())
+	p.inBackground(func() {
+		defer close(ended)
+		for ctx.Err() == nil {
+			message, err := p.RecvMessageBytes(0)
+			if err != nil {
+				continue
+			}
+			request := spell(message)
+			service, body := request[3], strings.Join(request[4:], " ")
+			if service == "mmi.service" {
+				time.Sleep(wait)
+				if code != "" {
+					p.SendMessage(request[0], "", "MDPC01", service, code)
+				}
+				continue
+			}
+			b.mu.Lock()
+			b.requests = append(b.requests, strings.TrimSpace(service+" "+body))
+			b.mu.Unlock()
+			switch {
+			case body == "die":
+				p.Close()
+				return
+			case body != "never":
+				p.SendMessage(request[0], "", "MDPC01", service, bound)
+			}
+		}
+	})
+	t.Cleanup(cancel)
+	return b
+}
+
+func (b *brokersPeer) got() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.requests)
+}
+
+// brokersListener returns the endpoint of a listener that says nothing. If it is one that accepts or closes,
+// it does so with each connection.
+func brokersListener(t *testing.T, kind string) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for kind != "silent" {
+			connection, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			if kind == "closes" {
+				connection.Close()
+			} else {
+				t.Cleanup(func() { connection.Close() })
+			}
+		}
+	}()
+	return "tcp://" + listener.Addr().String()
+}
+
+// A brokersClient is a client of a library, for one request at a time.
+type brokersClient struct {
+	t      testing.TB
+	input  io.Writer
+	output *bufio.Scanner
+}
+
+// newBrokersClient starts a client with options, and with variables in its environment.
+func newBrokersClient(t *testing.T, language string, options map[string]any, variables ...string) *brokersClient {
+	t.Helper()
+	program := map[string]string{
+		"python": `
+import json, sys
+from backbone import *
+client = BackboneClient(**json.loads(input()))
+def ask(*request):
+    if request[0] != 'close': return client.send(*request)
+    client.close()
+for line in sys.stdin:
+    try: print(ask(*json.loads(line)), flush=True)
+    except BackboneError as error: print(type(error).__name__, error.status, error, flush=True)`,
+		"asyncio": `
+import asyncio, json, sys
+from backbone import *
+async def main():
+    client = AsyncBackboneClient(**json.loads(input()))
+    async def ask(*request):
+        if request[0] != 'close': return await client.send(*request)
+        client.close()
+    for line in sys.stdin:
+        try: print(await ask(*json.loads(line)), flush=True)
+        except BackboneError as error: print(type(error).__name__, error.status, error, flush=True)
+asyncio.run(main())`,
+		"javascript": `
+const { BackboneClient } = require('backbone');
+let client;
+(async () => {
+  for await (const line of require('readline').createInterface({ input: process.stdin })) {
+    const given = JSON.parse(line);
+    if (!client) {
+      client = new BackboneClient(null, null, given);
+      continue;
+    }
+    if (given[0] === 'close') {
+      await client.close();
+      console.log('None');
+      continue;
+    }
+    try { console.log(await client.send(given[0], given[1], 1000 * given[2])); }
+    catch (error) { console.log(error.name, error.status, error.message.replace(/(\d+)ms$/, (_, ms) => ms / 1000 + 's')); }
+  }
+})();`,
+	}[language]
+	if language == "asyncio" {
+		language = "python"
+	}
+	cmd := peerKeysWith(newSystemWithoutBroker(t).inlineCommand(language, program), variables...)
+	input, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c := &brokersClient{t, input, bufio.NewScanner(output)}
+	json.NewEncoder(input).Encode(options)
+	return c
+}
+
+// ask sends a request. It returns the reply, or the class, status and text of the error.
+func (c *brokersClient) ask(service, message string, timeout float64) string {
+	c.t.Helper()
+	json.NewEncoder(c.input).Encode([]any{service, message, timeout})
+	if !c.output.Scan() {
+		c.t.Fatal("the client ended")
+	}
+	return c.output.Text()
+}
+
+func (c *brokersClient) expect(service, message string, timeout float64, want string) {
+	c.t.Helper()
+	if got := c.ask(service, message, timeout); got != want {
+		c.t.Errorf("the result of %s %s is %q, want %q", service, message, got, want)
+	}
+}
+
+// inEachClient runs a test for each kind of client, in parallel.
+func inEachClient(t *testing.T, test func(t *testing.T, language string)) {
+	for _, language := range []string{"python", "asyncio", "javascript"} {
+		t.Run(language, func(t *testing.T) {
+			t.Parallel()
+			test(t, language)
+		})
+	}
+}
+
+func TestFirstOfSeveralBrokersThatServesGetsTheRequestInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachClient(t, func(t *testing.T, language string) {
+		for _, test := range []struct {
+			brokers string
+			want    int
+		}{
+			{"serves serves", 0},
+			{"refused serves", 1},
+			{"nohost serves", 1},
+			{"silent serves", 1},
+			{"accepts serves", 1},
+			{"closes serves", 1},
+			{"refused accepts serves", 2},
+			{"vacant serves", 1},
+			{"refused vacant serves", 2},
+			{"vacant vacant", 0},
+			{"refused vacant vacant", 1},
+			{"accepts vacant", 1},
+			{"vacant accepts", 0},
+			{"vacant mute refused", 0},
+			{"mute serves", 1},
+			{"mute vacant", 1},
+			{"slow refused", 0},
+			{"refused slow vacant", 1},
+			{"odd serves", 0},
+		} {
+			t.Run(test.brokers, func(t *testing.T) {
+				t.Parallel()
+				var endpoints []string
+				var brokers []*brokersPeer
+				for _, kind := range strings.Fields(test.brokers) {
+					codes := map[string]string{"serves": "200", "vacant": "404", "mute": "", "slow": "200", "odd": "501"}
+					code, ok := codes[kind]
+					switch {
+					case ok:
+						wait := time.Duration(0)
+						if kind == "slow" {
+							wait = 500 * time.Millisecond
+						}
+						broker := newBrokersPeer(t, "tcp://127.0.0.1:*", code, wait)
+						endpoints, brokers = append(endpoints, broker.endpoint), append(brokers, broker)
+						continue
+					case kind == "refused":
+						endpoints = append(endpoints, "tcp://127.0.0.1:"+freePort(t))
+					case kind == "nohost":
+						endpoints = append(endpoints, "tcp://no.such.host.invalid:5555")
+					default:
+						endpoints = append(endpoints, brokersListener(t, kind))
+					}
+					brokers = append(brokers, nil)
+				}
+				client := newBrokersClient(t, language, map[string]any{"broker": endpoints})
+				client.expect("peer", "hello", 20, endpoints[test.want])
+				client.expect("peer", "again", 20, endpoints[test.want])
+				for i, broker := range brokers {
+					if broker == nil {
+						continue
+					}
+					var want []string
+					if i == test.want {
+						want = []string{"peer hello", "peer again"}
+					}
+					if got := broker.got(); !slices.Equal(got, want) {
+						t.Errorf("broker %d got %q, want %q", i, got, want)
+					}
+				}
+			})
+		}
+	})
+}
+
+func TestErrorNamesAllBrokersThatAreAwayInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachClient(t, func(t *testing.T, language string) {
+		away, silent := "tcp://127.0.0.1:"+freePort(t), brokersListener(t, "accepts")
+		client := newBrokersClient(t, language, map[string]any{"broker": []string{away, silent, "ipc:///no/such/socket"}})
+		client.expect("peer", "hello", 0.6, "NoBroker 69 no broker at "+away+", "+silent+", ipc:///no/such/socket within 0.6s")
+		client.expect("mmi.services", "", 0.1, "NoBroker 69 no broker at "+away+", "+silent+", ipc:///no/such/socket within 0.1s")
+
+		// One that comes within the timeout gets the request.
+		begun := make(chan string)
+		go func() { begun <- client.ask("peer", "hello", 20) }()
+		time.Sleep(500 * time.Millisecond)
+		newBrokersPeer(t, away, "200", 0)
+		if got := <-begun; got != away {
+			t.Errorf("the result is %q, want %q", got, away)
+		}
+	})
+}
+
+func TestRequestAfterALostBrokerGoesToTheNextInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachClient(t, func(t *testing.T, language string) {
+		one, two := newBrokersPeer(t, "tcp://127.0.0.1:*", "200", 0), newBrokersPeer(t, "tcp://127.0.0.1:*", "200", 0)
+		client := newBrokersClient(t, language, map[string]any{"broker": []string{one.endpoint, two.endpoint}})
+		client.expect("peer", "hello", 20, one.endpoint)
+		client.expect("peer", "die", 20, "ConnectionLost 69 lost the broker at "+one.endpoint+" before its reply")
+		if got := two.got(); got != nil {
+			t.Errorf("the request was sent again: %q", got)
+		}
+		<-one.ended
+		one = newBrokersPeer(t, one.endpoint, "200", 0) // It is back at once,
+		client.expect("peer", "hello", 20, two.endpoint)
+		time.Sleep(300 * time.Millisecond) // (a connection of backbone.js ends when it is idle)
+		client.expect("peer", "hello", 20, two.endpoint)
+		client.expect("other", "hello", 20, two.endpoint)
+		client.expect("mmi.services", "", 20, two.endpoint)
+		client.expect("peer", "die", 20, "ConnectionLost 69 lost the broker at "+two.endpoint+" before its reply")
+		client.expect("peer", "hello", 20, one.endpoint) // and gets requests when the other is lost,
+		client.expect("peer", "die", 20, "ConnectionLost 69 lost the broker at "+one.endpoint+" before its reply")
+		<-two.ended
+		newBrokersPeer(t, two.endpoint, "200", 0)
+		client.expect("peer", "hello", 20, two.endpoint)
+		<-one.ended
+		newBrokersPeer(t, one.endpoint, "200", 0)
+		client.expect("close", "", 0, "None")
+		client.expect("peer", "hello", 20, one.endpoint) // or when the client was closed.
+	})
+}
+
+func TestTimeoutCancelsTheRequestAtItsBrokerInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachClient(t, func(t *testing.T, language string) {
+		one, two := newBrokersPeer(t, "tcp://127.0.0.1:*", "404", 0), newBrokersPeer(t, "tcp://127.0.0.1:*", "200", 0)
+		client := newBrokersClient(t, language, map[string]any{"broker": []string{one.endpoint, two.endpoint}})
+		client.expect("peer", "never", 0.5, "RequestTimeout 124 no reply from "+two.endpoint+" within 0.5s")
+		if got, want := two.got(), []string{"peer never", "mmi.cancel"}; !slices.Equal(got, want) || one.got() != nil {
+			t.Errorf("the brokers got %q and %q", one.got(), got)
+		}
+	})
+}
+
+func TestSeveralEndpointsInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachClient(t, func(t *testing.T, language string) {
+		away, broker := "tcp://127.0.0.1:"+freePort(t), newBrokersPeer(t, "tcp://127.0.0.1:*", "200", 0)
+		client := newBrokersClient(t, language, map[string]any{}, "BACKBONE_BROKER= "+away+"  "+broker.endpoint+"\t")
+		client.expect("peer", "hello", 20, broker.endpoint)
+		client = newBrokersClient(t, language, map[string]any{"broker": []string{away, away}})
+		client.expect("peer", "hello", 0.1, "NoBroker 69 no broker at "+away+" within 0.1s")
+	})
+	programs := map[string]string{
+		"python": `
+import sys
+from backbone import *
+for make in lambda broker: BackboneClient(broker=broker), lambda broker: BackboneService('peer', print, broker=broker):
+    for brokers in sys.argv[1:]:
+        try:
+            peer = make(brokers.split(','))
+            print(peer.endpoint, peer.get_endpoint() == peer.endpoint)
+        except UsageError as error: print(error)`,
+		"javascript": `
+const { BackboneClient, BackboneService, UsageError } = require('backbone');
+for (const make of [broker => new BackboneClient(null, null, { broker }), broker => new BackboneService('peer', () => {}, { broker })]) {
+  for (const brokers of process.argv.slice(1)) {
+    try {
+      const peer = make(brokers.split(','));
+      console.log(peer.endpoint, peer.getEndpoint() === peer.endpoint);
+    } catch (error) {
+      if (!(error instanceof UsageError)) throw error;
+      console.log(error.message);
+    }
+  }
+}`,
+	}
+	inEachLanguage(t, func(t *testing.T, language string) {
+		key := keyOf("broker").String()
+		var args, want []string
+		for _, test := range []struct{ brokers, want string }{
+			{"tcp://a:1,ipc:///b", "tcp://a:1 ipc:///b true"},
+			{"tcp://a:1,ipc:///b,tcp://a:1#" + key, "tcp://a:1 ipc:///b true"},
+			{"tcp://a:1#" + key + ",tcp://[::1]:2", "tcp://a:1 tcp://[::1]:2 true"},
+			{"tcp://a:1,tcp://a:1", "tcp://a:1 true"},
+			{"tcp://a:1", "tcp://a:1 true"},
+			{"tcp://a:1,nonsense", "broker must be tcp://HOST:PORT or ipc:///PATH, not 'nonsense'"},
+			{"tcp://a:1,", "broker must be tcp://HOST:PORT or ipc:///PATH, not ''"},
+			{"tcp://a:1,ipc://", "broker must be tcp://HOST:PORT or ipc:///PATH, not 'ipc://'"},
+			{"tcp://a:1,tcp://b:http", "broker must be tcp://HOST:PORT or ipc:///PATH, not 'tcp://b:http'"},
+			{"tcp://a:65536,tcp://b:1", "broker must be tcp://HOST:PORT or ipc:///PATH, not 'tcp://a:65536'"},
+			{"tcp://a:1,tcp://b", "broker must be tcp://HOST:PORT or ipc:///PATH, not 'tcp://b'"},
+			{"tcp://a:1,tcp://b:1#secret,c#secret", "broker must be tcp://HOST:PORT or ipc:///PATH, not 'c'"},
+			{"tcp://a:1,tcp://b:1#x", "the key in tcp://b:1: 'x' is not a public key (bbpub- and 64 hexadecimal digits)"},
+		} {
+			args, want = append(args, test.brokers), append(want, test.want)
+		}
+		output, err := newSystemWithoutBroker(t).inlineCommand(language, programs[language], args...).Output()
+		got := strings.Split(strings.ToLower(strings.TrimSpace(string(output))), "\n")
+		if want := strings.ToLower(strings.Join(append(want, want...), "\n")); err != nil || strings.Join(got, "\n") != want {
+			t.Errorf("it printed, %v\n%s\nwant\n%s", err, output, want)
+		}
+	})
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystem(t, "--heartbeat", "1s")
+		s.startServiceIn("go")
+		cmd := s.command(language, libraries[language].library, "request", "-n", "-b", "ipc:///no/such/socket", "--broker="+s.endpoint, "peer", "hello")
+		if output, err := cmd.Output(); err != nil || string(output) != "hello" {
+			t.Errorf("it printed %q, %v", output, err)
+		}
+	})
+}
+
+func TestEachOfSeveralBrokersHasItsKeyInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	s := newPeerKeysSystem(t) // it has no services
+	other := s.keygen("other")
+	served := peerKeysEndpoint(s.start("bbroker", "--port", "0", "--key", "other.key", "--authorized", "authorized"))
+	serving := exec.Command("bservice", "--key", s.path("build.key"), "-b", served+"#"+other, "peer", "echo", "-n")
+	if err := serving.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		serving.Process.Kill()
+		serving.Wait()
+	})
+	wrong := publicPrefix + strings.Repeat("0f", keyLength)
+	inEachClient(t, func(t *testing.T, language string) {
+		for _, test := range []struct {
+			key, brokerKey string
+			brokers        []string
+			want           string
+		}{
+			{"ann.key", "", []string{s.endpoint, served + "#" + other}, "hello"},
+			{"ann.key", s.broker, []string{s.tcp(), served + "#" + other}, "hello"},
+			{"ann.key", other, []string{served, s.endpoint}, "hello"},
+			{"ann.key", other, []string{s.tcp() + "#" + wrong, served}, "hello"},
+			{"ann.key", other, []string{"ipc:///no/such/socket", served}, "hello"},
+			{"stranger.key", "", []string{s.endpoint, served + "#" + other}, "NotAllowed 77 the broker does not know this key: " + s.tcp()},
+			{"stranger.key", "", []string{served + "#" + other, s.tcp() + "#" + wrong}, "NotAllowed 77 the broker does not know this key: " + served},
+		} {
+			options := map[string]any{"broker": test.brokers, "key": s.path(test.key)}
+			if name := map[bool]string{true: "brokerKey", false: "broker_key"}[language == "javascript"]; test.brokerKey != "" {
+				options[name] = test.brokerKey
+			}
+			newBrokersClient(t, language, options).expect("peer", "hello", 20, test.want)
+		}
+	})
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := &system{t, s.dir, "ipc:///a ipc:///b", nil}
+		cmd := s.command(language, libraries[language].library, "request", "-n", "--broker-key", other, "peer")
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		cmd.Run()
+		if status := exitStatus(cmd.ProcessState); status != exitUsage || !strings.Contains(stderr.String(), "an ipc endpoint takes no keys: ipc:///a\n") {
+			t.Errorf("it ended with status %d and said %q", status, stderr.String())
+		}
+	})
+}
+
+// newBrokersService starts a service named peer with a number of raw brokers. It returns them, and the
+// identity that the service has with each.
+func newBrokersService(t *testing.T, language string, number int) (s *system, stop func(), brokers []peer, workers []string) {
+	t.Helper()
+	s = newSystemWithoutBroker(t)
+	var endpoints []string
+	for range number {
+		broker, endpoint := bindPeer(t)
+		brokers, endpoints = append(brokers, broker), append(endpoints, endpoint)
+	}
+	s.endpoint = strings.Join(endpoints, " ")
+	stop = s.startServiceIn(language)
+	for _, broker := range brokers {
+		worker, ready := broker.nextFromWorker()
+		broker.want(ready, "", "MDPW01", "\x01", "peer")
+		workers = append(workers, worker)
+	}
+	return s, stop, brokers, workers
+}
+
+// wantFrom checks the next message from a worker.
+func (p peer) wantFrom(worker string, want ...string) {
+	p.t.Helper()
+	identity, message := p.nextFromWorker()
+	p.want(append([]string{identity}, message...), append([]string{worker, "", "MDPW01"}, want...)...)
+}
+
+func TestServiceHandsBackRequestsOfOtherBrokersInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s, stop, brokers, workers := newBrokersService(t, language, 3)
+		request := func(broker int, body ...string) {
+			brokers[broker].send(toWorker(workers[broker], "client", body...)...)
+		}
+		for i, broker := range brokers { // All of them are served.
+			request(i, fmt.Sprint(i))
+			broker.wantFrom(workers[i], "\x03", "client", "", fmt.Sprint(i))
+		}
+		late, release := s.lateRequest()
+		request(0, late...)
+		for _, i := range []int{2, 1} {
+			time.Sleep(300 * time.Millisecond)
+			request(i, "too early")
+			brokers[i].wantFrom(workers[i], "\x05", "75", "busy")
+		}
+		release()
+		brokers[0].wantFrom(workers[0], "\x03", "client", "", "late")
+		begin := time.Now()
+		brokers[2].wantFrom(workers[2], "\x01", "peer")
+		if time.Since(begin) > 5*time.Second {
+			t.Error("the first that had to wait registered late")
+		}
+		brokers[1].wantFrom(workers[1], "\x01", "peer")   // even if the first does nothing
+		brokers[1].send(workers[1], "", "MDPW01", "\x04") // It has no request, so that nothing is reserved.
+		time.Sleep(100 * time.Millisecond)
+		for _, i := range []int{0, 1, 2} {
+			request(i, "again")
+			brokers[i].wantFrom(workers[i], "\x03", "client", "", "again")
+		}
+
+		// At the end only those that are registered leave.
+		late, release = s.lateRequest()
+		request(1, late...)
+		time.Sleep(300 * time.Millisecond)
+		request(0, "too early")
+		brokers[0].wantFrom(workers[0], "\x05", "75", "busy")
+		ended := make(chan struct{})
+		go func() {
+			stop()
+			close(ended)
+		}()
+		brokers[2].wantFrom(workers[2], "\x05")
+		release()
+		brokers[1].wantFrom(workers[1], "\x03", "client", "", "late")
+		brokers[1].wantFrom(workers[1], "\x05")
+		<-ended
+	})
+}
+
+func TestServiceKeepsTheTurnOfAWaitingBrokerInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		_, _, brokers, workers := newBrokersService(t, language, 2)
+		// Each broker always has a request. Both must get on.
+		var replies [2]int
+		for i, broker := range brokers {
+			if err := broker.SetRcvtimeo(time.Millisecond); err != nil {
+				t.Fatal(err)
+			}
+			broker.send(toWorker(workers[i], "client", "x")...)
+		}
+		for deadline := time.Now().Add(20 * time.Second); replies[0] < 20 || replies[1] < 20; {
+			if time.Now().After(deadline) {
+				t.Fatalf("the brokers got %v replies", replies)
+			}
+			for i, broker := range brokers {
+				message, err := broker.RecvMessage(0)
+				switch {
+				case err != nil || message[3] == "\x04":
+				case message[3] == "\x05":
+					broker.want(message, workers[i], "", "MDPW01", "\x05", "75", "busy")
+				default: // READY or a reply
+					if message[3] == "\x03" {
+						replies[i]++
+					}
+					broker.send(toWorker(workers[i], "client", "x")...)
+				}
+			}
+		}
+	})
+}
+
+func TestServiceDoesWithoutABrokerThatIsAwayInAnyLanguage(t *testing.T) {
+	t.Parallel()
+	inEachLanguage(t, func(t *testing.T, language string) {
+		s := newSystemWithoutBroker(t)
+		here, endpoint := bindPeer(t)
+		away := "tcp://127.0.0.1:" + freePort(t)
+		s.endpoint = away + " " + endpoint
+		cmd := s.peerCommand(language, "service", "peer")
+		cmd.Stderr = nil
+		stderr, err := cmd.StderrPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		log := bufio.NewScanner(stderr)
+		logged := func(want string) {
+			t.Helper()
+			if log.Scan(); log.Text() != want {
+				t.Errorf("it logged %q, want %q", log.Text(), want)
+			}
+		}
+		serve := func(broker peer, worker string) {
+			t.Helper()
+			broker.send(toWorker(worker, "client", "x")...)
+			broker.wantFrom(worker, "\x03", "client", "", "x")
+		}
+		worker, _ := here.nextFromWorker()
+		serve(here, worker)
+		back := newPeer(t, zmq.ROUTER)
+		if err := back.Bind(away); err != nil {
+			t.Fatal(err)
+		}
+		returned, ready := back.nextFromWorker()
+		back.want(ready, "", "MDPW01", "\x01", "peer")
+		serve(back, returned)
+		serve(here, worker)
+		back.send(disconnectTo(returned)...)
+		logged("peer: the broker sent DISCONNECT; reconnecting to " + away)
+		returned, _ = back.nextFromWorker()
+		back.send(returned, "", "MDPW01", "\x05", "77", "it may not")
+		logged("peer: " + away + ": refused: it may not; trying again in 30s")
+		serve(here, worker)
 	})
 }

@@ -39,17 +39,22 @@ const MAX_TIMEOUT = 2 ** 31; // (24 days) the limit of setTimeout; a longer time
 const CANCEL_PATIENCE = 500; // to wait for the reply to mmi.cancel, which some brokers do not support
 const MAX_CONNECTIONS = 128; // of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 const IDLE_PATIENCE = 100; // before an idle connection is closed; an open one keeps the process running
+const PATIENCE = 250; // with one of several brokers before the next is tried as well
+const MAX_SEARCHES = 8; // of a client that try more than one broker at a time; each takes further connections
+const FARTHEST = 1000; // that one of several brokers may take to tell whether it has the service
+const RESERVED = 500; // for which a session has on_request after its turn has come, unless its broker has no request
 const REFUSED_PAUSE = 30000; // before a service tries again that its broker refused: somebody has to change what it may
 
 const PUBLIC_PREFIX = 'bbpub-', SECRET_PREFIX = 'bbsec-'; // of keys as text; 64 hexadecimal digits follow
 const NOT_ALLOWED = '77'; // the frame by which bbroker tells a service why it sends DISCONNECT
+const BUSY = ['75', 'busy']; // the frames by which a service tells a broker that it hands a request back
 const MAX_FAILED = 3; // handshakes in a row that fail without a reason before it is the keys; a broker that stops may cause one
 const MAX_SUSPICIONS = 2; // times that this happens before it is another broker; one that has no room closes connections, too
 
 /**
  * @typedef {string|Buffer} Frame
  * @typedef {undefined|null|Frame|Frame[]} Message
- * @typedef {{broker?: string, key?: string, brokerKey?: string}} Address
+ * @typedef {{broker?: string|string[], key?: string, brokerKey?: string}} Address
  * @typedef {{host?: string, port?: number|string, encoding?: string|null} & Address} Options
  */
 
@@ -125,15 +130,21 @@ function decode(frame, encoding) {
   }
 }
 
-function endpointOf(host, port, broker) {
-  let source = 'broker';
-  if (!broker && !host && !port) [source, broker] = ['BACKBONE_BROKER', process.env.BACKBONE_BROKER];
-  if (broker) {
-    if (!/^(tcp|ipc):\/\//.test(broker)) {
-      // What follows # may be a secret key, by mistake.
-      throw new UsageError(`${source} must be tcp://HOST:PORT or ipc:///PATH, not ${inspect(String(broker).split('#')[0])}`);
-    }
-    return String(broker);
+/** Returns the endpoints of the brokers, each perhaps with #KEY: one or more. */
+function endpointsOf(host, port, broker) {
+  let source = 'broker', endpoints = broker ? [broker].flat() : [];
+  if (!endpoints.length && !host && !port) {
+    source = 'BACKBONE_BROKER';
+    endpoints = (process.env.BACKBONE_BROKER || '').split(/\s+/).filter(Boolean);
+  }
+  if (endpoints.length) {
+    endpoints = endpoints.map(String);
+    // What libzmq says about a single endpoint is good enough.
+    const valid = endpoints.length > 1 ? isEndpoint : endpoint => /^(tcp|ipc):\/\//.test(endpoint);
+    const bad = endpoints.find(endpoint => !valid(endpoint));
+    if (bad === undefined) return endpoints;
+    // What follows # may be a secret key, by mistake.
+    throw new UsageError(`${source} must be tcp://HOST:PORT or ipc:///PATH, not ${inspect(bad.split('#')[0])}`);
   }
   host = String(host || process.env.BACKBONE_HOST || '127.0.0.1');
   source = port ? 'port' : 'BACKBONE_PORT';
@@ -141,21 +152,35 @@ function endpointOf(host, port, broker) {
   if (!/^[0-9]{1,5}$/.test(port) || port > 65535) {
     throw new UsageError(`${source} must be a number from 0 to 65535, not ${inspect(port)}`);
   }
-  return `tcp://${host.includes(':') ? `[${host.replace(/^\[|\]$/g, '')}]` : host}:${port}`;
+  return [`tcp://${host.includes(':') ? `[${host.replace(/^\[|\]$/g, '')}]` : host}:${port}`];
 }
 
-/** Returns the endpoint of the broker, and the Keys for connections to it, if any. */
-function addressOf(host, port, { broker, key, brokerKey }) {
-  let endpoint = endpointOf(host, port, broker);
-  if (endpoint.startsWith('ipc://')) { // the environment may have keys for other endpoints
-    if (key || brokerKey) throw new UsageError(`an ipc endpoint takes no keys: ${endpoint}`);
-    return { endpoint };
+function isEndpoint(text) {
+  // ZeroMQ takes a source address before a semicolon.
+  const [, port] = /^tcp:\/\/(?:[^#]*;)?(?:\[[^\][#]+\]|[^\][:;#\s]+):([0-9]{1,5})(?:#[^]*)?$/.exec(text) || [];
+  return port ? port < 65536 : text.startsWith('ipc://') && text !== 'ipc://';
+}
+
+/** Returns the addresses of the brokers, each once: its endpoint, and the Keys for connections to it, if any. */
+function addressesOf(host, port, { broker, key, brokerKey }) {
+  const endpoints = endpointsOf(host, port, broker);
+  const isIPC = endpoint => endpoint.startsWith('ipc://');
+  if ((key || brokerKey) && endpoints.every(isIPC)) throw new UsageError(`an ipc endpoint takes no keys: ${endpoints[0]}`);
+  const addresses = [];
+  for (const text of endpoints) {
+    // The environment may have keys for other endpoints than ipc ones.
+    const address = isIPC(text) ? { endpoint: text } : tcpAddressOf(text, endpoints.length === 1, key, brokerKey);
+    if (!addresses.some(({ endpoint }) => endpoint === address.endpoint)) addresses.push(address);
   }
+  return addresses;
+}
+
+function tcpAddressOf(endpoint, only, key, brokerKey) {
   let text, hasKey;
   [endpoint, hasKey, text] = /^([^#]*)(#?)([^]*)$/.exec(endpoint).slice(1);
   let source = `the key in ${endpoint}`;
   if (!hasKey) [source, text] = setBy('brokerKey', brokerKey, 'BACKBONE_BROKER_KEY');
-  else if (brokerKey && String(brokerKey) !== text) {
+  else if (only && brokerKey && String(brokerKey) !== text) {
     throw new UsageError(`brokerKey is another key than that in ${endpoint}`);
   }
   const [ownSource, file] = setBy('key', key, 'BACKBONE_KEY');
@@ -163,6 +188,10 @@ function addressOf(host, port, { broker, key, brokerKey }) {
   if (text || hasKey) return { endpoint, keys: new Keys(parsePublicKey(source, String(text)), own) };
   if (own) throw new UsageError(`${ownSource} needs brokerKey, the public key of the broker`);
   return { endpoint };
+}
+
+function joinEndpoints(addresses, separator = ' ') {
+  return addresses.map(({ endpoint }) => endpoint).join(separator);
 }
 
 /** Returns an option, or else an environment variable: its name and its value. */
@@ -457,23 +486,28 @@ function giveTurnBack() {
 /** A socket for one request at a time, and the state of its connection. */
 class Connection {
   /** Opens a connection. It may take the place of idle ones, of any client. */
-  constructor(client) {
+  constructor(client, place = 0) {
     if (active + idle.size > MAX_CONNECTIONS) idle.forEach(connection => connection.close());
-    this.client = client;
+    const { endpoint, keys } = client._brokers[place];
+    Object.assign(this, { client, place, endpoint });
     this.connected = this.lost = false;
     this.dead = false; // lost or refused
-    this.socket = dealer(client.endpoint, client._keys, 'brequest', socket => {
+    this.retried = false; // the last attempt to connect has failed
+    this.names = new Set(); // of services that the broker had, if it is one of several
+    this.changed = () => {}; // is called after a change of the above, or of refusal
+    this.socket = dealer(endpoint, keys, 'brequest', socket => {
       const { events } = socket;
-      this.refused = refusalOf(socket, client.endpoint, client._keys);
-      this.refused.catch(() => { this.dead = true; });
+      this.refused = refusalOf(socket, endpoint, keys);
+      this.refused.catch(error => { this.dead = true; this.refusal = error; this.changed(); });
       this.ready = new Promise(resolve => {
-        events.on('handshake', () => { this.connected = true; resolve(); });
+        events.on('handshake', () => { this.connected = true; this.retried = false; resolve(); this.changed(); });
       });
       this.broken = new Promise(resolve => {
         events.on('disconnect', () => {
-          if (this.connected) { this.dead = this.lost = true; resolve(); }
+          if (this.connected) { this.dead = this.lost = true; resolve(); this.changed(); }
         });
       });
+      events.on('connect:retry', () => { this.retried = !this.connected; this.changed(); });
     });
   }
 
@@ -487,7 +521,7 @@ class Connection {
     // A broker that stops may send a reply just before it closes the connection. zeromq may
     // deliver the reply after the disconnect event.
     const lost = this.broken.then(() => new Promise(resolve => setTimeout(resolve, 100))).then(() => {
-      throw new ConnectionLost(`lost the broker at ${this.client.endpoint} before its reply`);
+      throw new ConnectionLost(`lost the broker at ${this.endpoint} before its reply`);
     });
     lost.catch(() => {});
     const refused = this.refused.catch(error => {
@@ -525,9 +559,78 @@ class Connection {
   }
 }
 
+const SERVES = 'serves', VACANT = 'vacant', FAILED = 'failed';
+
+/** One of several brokers that may get a request: the connection, and whether the broker has the service. */
+class Attempt {
+  /** changed is called after a change of the verdict. */
+  constructor(client, place, name, changed) {
+    Object.assign(this, { place, name, changed, since: Date.now() });
+    this.verdict = undefined; // or SERVES, VACANT or FAILED; the last one may change
+    this.asked = false;
+    this.use(client._takeIdle(idle => idle.place === place) || new Connection(client, place));
+  }
+
+  /** Connects again after a loss. Its socket would do that too, but a late answer might confuse. */
+  reopen() {
+    const { client, place } = this.connection;
+    this.connection.close();
+    this.asked = false;
+    try {
+      this.use(new Connection(client, place));
+    } catch { // such as too many open files
+      this.reopenLater();
+    }
+  }
+
+  reopenLater() {
+    this.reopening = setTimeout(() => this.reopen(), PATIENCE);
+  }
+
+  use(connection) {
+    this.connection = connection;
+    connection.changed = () => this.update();
+    this.update();
+  }
+
+  /** Updates the verdict. Asks the broker as soon as the connection stands. */
+  update() {
+    const { lost, connected, refusal, retried } = this.connection;
+    if (lost && this.verdict !== FAILED) {
+      this.since = Date.now();
+      this.verdict = FAILED;
+      this.reopenLater();
+    } else if (lost || refusal || retried) {
+      this.verdict = FAILED;
+    } else if (connected && !this.asked) {
+      this.asked = true;
+      if (this.verdict) this.since = Date.now();
+      this.verdict = this.name.startsWith('mmi.') ? SERVES : undefined;
+      if (!this.verdict) this.ask(this.connection).catch(() => {}); // it rejects when the socket is closed
+    }
+    this.changed();
+  }
+
+  async ask({ socket }) {
+    await socket.send(['', CLIENT, 'mmi.service', this.name]);
+    const answer = (await socket.receive()).map(String);
+    if (socket !== this.connection.socket || this.connection.lost) return;
+    this.verdict = answer.length === 4 && answer[3] === '404' ? VACANT : SERVES;
+    this.changed();
+  }
+
+  /** Ends the attempt. The connection is left to the caller. */
+  end() {
+    clearTimeout(this.reopening);
+    this.connection.changed = () => {};
+    return this.connection;
+  }
+}
+
 /**
  * Sends requests to services. Each concurrent request has its own connection. The clients of a
- * process have MAX_CONNECTIONS of them; more requests wait for their turn.
+ * process have MAX_CONNECTIONS of them; more requests wait for their turn. Of several brokers,
+ * the first that can be reached and has the service gets the request.
  */
 class BackboneClient {
   /**
@@ -538,10 +641,11 @@ class BackboneClient {
   constructor(host, port, { encoding = 'utf8', ...address } = {}) {
     this.host = host;
     this.port = port;
-    const { endpoint, keys } = addressOf(host, port, address);
-    this.endpoint = endpoint;
-    this._keys = keys;
+    this._brokers = addressesOf(host, port, address);
+    this.endpoint = joinEndpoints(this._brokers);
     this.encoding = encoding;
+    this._first = 0; // the broker to begin with
+    this._searches = 0;
   }
 
   getEndpoint() {
@@ -550,6 +654,10 @@ class BackboneClient {
 
   /** Resolves when the client is connected. This is optional: send connects as well. */
   async connect() {
+    if (this._brokers.length > 1) {
+      (await this._search('mmi.', {}, new Promise(() => {}))).rest();
+      return this;
+    }
     const connection = new Connection(this);
     idle.add(connection);
     try {
@@ -562,8 +670,9 @@ class BackboneClient {
     return this;
   }
 
-  /** Closes the connections that no request uses. send opens new ones. */
+  /** Closes the connections that no request uses. send opens new ones, to the first broker if it can. */
   async disconnect() {
+    this._first = 0;
     for (const connection of idle) {
       if (connection.client === this) connection.close();
     }
@@ -588,9 +697,10 @@ class BackboneClient {
     const request = new BackboneClientMessage(service, message, { encoding: this.encoding });
     const frames = request.serialize();
     if (signal && signal.aborted) throw signal.reason;
-    let connection, timer, abort;
+    const progress = {}; // the connection, or the attempts to get one
+    let timer, abort;
     const failure = new Promise((_, reject) => {
-      if (timeout) timer = setTimeout(() => reject(this._timedOut(connection, timeout)), timeout);
+      if (timeout) timer = setTimeout(() => reject(this._timedOut(progress, timeout)), timeout);
       abort = () => reject(signal.reason);
     });
     failure.catch(() => {});
@@ -598,8 +708,8 @@ class BackboneClient {
     try {
       await takeTurn(failure);
       try {
-        connection = this._acquire();
-        return await this._exchange(connection, request, frames, failure);
+        progress.connection = await this._acquire(request.service, progress, failure);
+        return await this._exchange(progress.connection, request, frames, failure);
       } finally {
         giveTurnBack();
       }
@@ -619,6 +729,7 @@ class BackboneClient {
         connection.rest();
         throw error;
       }
+      if (connection.lost) this._leave(connection.place);
       if (connection.connected && !connection.lost && !request.service.startsWith('mmi.')) {
         await connection.cancel().catch(() => {});
       }
@@ -627,21 +738,103 @@ class BackboneClient {
     }
   }
 
-  _timedOut(connection, timeout) {
-    if (!connection) return new RequestTimeout(`not sent within ${timeout}ms: ${MAX_CONNECTIONS} other requests are in progress`);
-    if (!connection.connected) return new NoBroker(`no broker at ${this.endpoint} within ${timeout}ms`);
-    return new RequestTimeout(`no reply from ${this.endpoint} within ${timeout}ms`);
+  _timedOut({ connection, attempts }, timeout) {
+    if (!connection && !attempts) {
+      return new RequestTimeout(`not sent within ${timeout}ms: ${MAX_CONNECTIONS} other requests are in progress`);
+    }
+    const standing = connection ? [connection] : attempts.map(attempt => attempt.connection);
+    const endpoints = joinEndpoints(standing.filter(({ connected, lost }) => connected && !lost), ', ');
+    if (endpoints) return new RequestTimeout(`no reply from ${endpoints} within ${timeout}ms`);
+    return new NoBroker(`no broker at ${joinEndpoints(this._brokers, ', ')} within ${timeout}ms`);
   }
 
-  /** Returns an idle connection, or a new one. */
-  _acquire() {
+  /** Returns an idle connection that fits and still stands, if any. */
+  _takeIdle(fits) {
     for (const connection of idle) {
-      if (connection.client !== this) continue;
+      if (connection.client !== this || !fits(connection)) continue;
       connection.wake();
       if (!connection.dead) return connection;
       connection.close();
     }
-    return new Connection(this);
+    return undefined;
+  }
+
+  /** Resolves to a connection for a request: an idle one, or a new one. Rejects when failure does. */
+  async _acquire(name, progress, failure) {
+    if (this._brokers.length === 1) return this._takeIdle(() => true) || new Connection(this);
+    const connection = this._takeIdle(({ names }) => names.has(name)) || await this._search(name, progress, failure);
+    connection.names.add(name);
+    return connection;
+  }
+
+  /** Resolves to a connection to the one of several brokers that is to get a request. Closes all others. */
+  async _search(name, progress, failure) {
+    const attempts = progress.attempts = [];
+    let wake = () => {};
+    let chosen, searching;
+    try {
+      for (;;) {
+        const woken = new Promise(resolve => { wake = resolve; });
+        chosen = this._choice(attempts);
+        if (chosen) {
+          // Begin with the first that has answered, not with one that is away.
+          this._first = attempts.find(({ verdict }) => verdict === SERVES || verdict === VACANT).place;
+          return chosen.connection;
+        }
+        const now = Date.now();
+        const last = attempts[attempts.length - 1];
+        let due = Math.max(0, ...attempts.map(({ since }) => since)) + PATIENCE;
+        if (attempts.length < this._brokers.length && (!last || last.verdict || now >= last.since + PATIENCE)) {
+          if (last && !searching && this._searches < MAX_SEARCHES) {
+            searching = true;
+            this._searches++;
+          }
+          if (searching || !last) {
+            attempts.push(new Attempt(this, this._nextPlace(attempts), name, () => wake()));
+            continue;
+          }
+          due = now + PATIENCE / 10;
+        }
+        const timer = setTimeout(wake, due > now ? due - now : PATIENCE);
+        try {
+          await Promise.race([woken, failure]);
+        } finally {
+          clearTimeout(timer);
+        }
+      }
+    } finally {
+      if (searching) this._searches--;
+      for (const attempt of attempts) {
+        const connection = attempt.end();
+        if (attempt !== chosen) connection.close();
+      }
+    }
+  }
+
+  /** Returns the next broker that is not tried yet, from the first one on, round and round. */
+  _nextPlace(attempts) {
+    const places = this._brokers.map((_, step) => (this._first + step) % this._brokers.length);
+    return places.find(place => !attempts.some(attempt => attempt.place === place));
+  }
+
+  /** Returns the attempt that gets the request, or undefined as long as that is open. Throws if all are refused. */
+  _choice(attempts) {
+    const byVerdict = wanted => attempts.filter(({ verdict }) => verdict === wanted);
+    const serving = byVerdict(SERVES), vacant = byVerdict(VACANT), pending = byVerdict(undefined);
+    if (serving.length || attempts.length < this._brokers.length) return serving[0];
+    if (vacant.length && pending.every(({ since }) => Date.now() >= since + FARTHEST)) return vacant[0];
+    if (attempts.every(({ connection }) => connection.refusal)) {
+      throw attempts.reduce((a, b) => (a.place < b.place ? a : b)).connection.refusal;
+    }
+    return undefined;
+  }
+
+  /** Lets the next request begin with the broker after one that is lost. */
+  _leave(place) {
+    this._first = (place + 1) % this._brokers.length;
+    for (const connection of idle) {
+      if (connection.client === this) connection.names.clear(); // of all, so that the order counts
+    }
   }
 }
 
@@ -681,7 +874,8 @@ function collect() {
  * on_request calls reply, now or later, or returns the reply or a promise of it: a string, a
  * Buffer, or an array of them. The client gets a failure if on_request throws an exception, if
  * its promise rejects, or if it ends and leaves nothing that could call reply. on_request may
- * block, because another thread sends the heartbeats.
+ * block, because another thread sends the heartbeats. With several brokers it serves all of them. A
+ * request that comes while on_request has one of another broker is handed back.
  */
 class BackboneService {
   /**
@@ -692,9 +886,8 @@ class BackboneService {
   constructor(service, on_request, { host, port, encoding = 'utf8', log, ...address } = {}) {
     this.service = service;
     this.on_request = on_request;
-    const { endpoint, keys } = addressOf(host, port, address);
-    this.endpoint = endpoint;
-    this._keys = keys;
+    this._brokers = addressesOf(host, port, address);
+    this.endpoint = joinEndpoints(this._brokers);
     this.encoding = encoding;
     this.log = log || (text => console.error(`${service}: ${text}`));
     this._forgotten = new FinalizationRegistry(token => this._refuse(token, NO_REPLY)); // reply functions
@@ -706,9 +899,13 @@ class BackboneService {
 
   /** Serves in the background. Registers as soon as the broker can be reached. */
   connect() {
-    dealer(this.endpoint, this._keys, 'bservice').close(); // fails here, and not in the thread, if the endpoint is bad
+    // It fails here, and not in the thread, if an endpoint is bad.
+    for (const { endpoint, keys } of this._brokers) dealer(endpoint, keys, 'bservice').close();
     this._thread = new Worker(__filename, {
-      workerData: { backboneService: this.service, endpoint: this.endpoint, keys: this._keys && this._keys.plain() },
+      workerData: {
+        backboneService: this.service,
+        brokers: this._brokers.map(({ endpoint, keys }) => ({ endpoint, keys: keys && keys.plain() })),
+      },
     });
     this._thread.on('message', ({ log, token, body }) => (log ? this.log(log) : this._serve(token, body)));
     this._ended = new Promise((resolve, reject) => this._thread.on('exit', resolve).on('error', reject));
@@ -789,51 +986,116 @@ class BackboneService {
   }
 }
 
-/** Runs the thread of a BackboneService. Registers again after each loss, until it is told to stop. */
-async function keepRegistered({ backboneService: service, endpoint, keys: plain }) {
-  const keys = plain && new Keys(...plain.map(key => key && Buffer.from(key)));
-  let session, wake;
-  let stopping = false;
-  parentPort.on('message', ({ stop, token, body }) => {
-    if (stop) stopping = true;
-    if (stop && wake) wake();
-    if (session && token !== undefined) session.reply(token, body);
-    if (session && stop) session.endIfIdle();
-  });
-  for (let number = 0; !stopping; number++) {
-    let log, pause = HEARTBEAT_INTERVAL / 2; // it limits the rate if the broker keeps rejecting the service
-    try {
-      session = new Session(service, { endpoint, keys }, number, () => stopping);
-      log = `${await session.over}; reconnecting to ${endpoint}`;
-      if (session.refused) {
-        pause = REFUSED_PAUSE;
-        log = `refused: ${session.why}; trying again in ${pause / 1000}s`;
-      }
-    } catch (error) {
-      log = `${error.message}; reconnecting to ${endpoint}`;
-    }
-    if (stopping) break;
-    parentPort.postMessage({ log });
-    let timer;
-    await new Promise(resolve => {
-      wake = resolve;
-      timer = setTimeout(resolve, pause);
-    });
-    clearTimeout(timer);
-  }
+/** Runs the thread of a BackboneService: registers with each broker until it is told to stop. */
+async function serveAll({ backboneService: service, brokers }) {
+  const turns = new HandlerTurns();
+  const registrations = brokers.map(({ endpoint, keys }) => new Registrations(service, {
+    endpoint,
+    keys: keys && new Keys(...keys.map(key => key && Buffer.from(key))),
+    named: brokers.length > 1,
+  }, turns));
+  parentPort.on('message', message => registrations.forEach(registration => registration.tell(message)));
+  await Promise.all(registrations.map(registration => registration.keep()));
   parentPort.close();
+}
+
+/** Lets one session at a time have on_request. Those that had to hand a request back get their turns in that order. */
+class HandlerTurns {
+  constructor() {
+    this.user = undefined; // the session that has it, or for which it is reserved
+    this.waiting = [];
+  }
+
+  /** Returns whether a session may call on_request now. It then has to release it. */
+  take(session) {
+    if (this.user && this.user !== session) return false;
+    clearTimeout(this.reservation);
+    this.reservation = undefined;
+    this.user = session;
+    return true;
+  }
+
+  /** Lets a session register again when it is its turn. */
+  wait(session) {
+    this.waiting.push(session);
+  }
+
+  /** Ends a reservation, because the broker has no request. */
+  decline(session) {
+    if (this.user === session && this.reservation) this.release(session);
+  }
+
+  /** Ends the turn of a session, the reservation for it, or its wait. */
+  release(session) {
+    this.waiting = this.waiting.filter(other => other !== session);
+    if (this.user !== session) return;
+    clearTimeout(this.reservation);
+    this.reservation = undefined;
+    this.user = this.waiting.shift();
+    if (!this.user) return;
+    this.reservation = setTimeout(() => this.release(this.user), RESERVED);
+    this.user.register();
+  }
+}
+
+/** The registrations of a service with one broker, one after another. */
+class Registrations {
+  constructor(service, address, turns) {
+    Object.assign(this, { service, address, turns, stopping: false });
+  }
+
+  /** Passes on what the main thread wants. */
+  tell({ stop, token, body }) {
+    if (stop) this.stopping = true;
+    if (stop && this.wake) this.wake();
+    if (this.session && token !== undefined) this.session.reply(token, body);
+    if (this.session && stop) this.session.endIfIdle();
+  }
+
+  /** Logs a text, which names the broker if there are several. */
+  log(text) {
+    const { endpoint, named } = this.address;
+    parentPort.postMessage({ log: named && !text.includes(endpoint) ? `${endpoint}: ${text}` : text });
+  }
+
+  /** Registers again after each loss, until it is told to stop. */
+  async keep() {
+    const { endpoint } = this.address;
+    for (let number = 0; !this.stopping; number++) {
+      let log, pause = HEARTBEAT_INTERVAL / 2; // it limits the rate if the broker keeps rejecting the service
+      try {
+        const session = this.session = new Session(this, number);
+        log = `${await session.over}; reconnecting to ${endpoint}`;
+        if (session.refused) {
+          pause = REFUSED_PAUSE;
+          log = `refused: ${session.why}; trying again in ${pause / 1000}s`;
+        }
+      } catch (error) {
+        log = `${error.message}; reconnecting to ${endpoint}`;
+      }
+      if (this.stopping) break;
+      this.log(log);
+      let timer;
+      await new Promise(resolve => {
+        this.wake = resolve;
+        timer = setTimeout(resolve, pause);
+      });
+      clearTimeout(timer);
+    }
+  }
 }
 
 /** One registration, from READY to DISCONNECT, on a new socket. over resolves to the reason why it ended. */
 class Session {
-  constructor(service, { endpoint, keys }, number, stopping) {
-    Object.assign(this, { number, stopping, requests: 0, heard: Date.now(), refused: false });
+  constructor(owner, number) {
+    const { endpoint, keys } = owner.address;
+    Object.assign(this, { owner, turns: owner.turns, number, requests: 0, refused: false });
     this.socket = dealer(endpoint, keys, 'bservice', socket => {
       refusalOf(socket, endpoint, keys).catch(error => this.refuse(error.message));
     });
     this.sent = Promise.resolve();
     this.over = new Promise(resolve => { this.end = resolve; });
-    this.send(READY, service);
+    this.register();
     this.ticker = setInterval(() => this.tick(), HEARTBEAT_INTERVAL);
     this.receive();
   }
@@ -841,6 +1103,12 @@ class Session {
   send(...frames) {
     // zeromq allows only one send at a time.
     this.sent = this.sent.then(() => this.socket.send(['', WORKER, ...frames])).catch(() => {});
+  }
+
+  register() {
+    this.registered = true;
+    this.heard = Date.now();
+    this.send(READY, this.owner.service);
   }
 
   /** Ends the session because of what the key may not. */
@@ -852,9 +1120,9 @@ class Session {
   }
 
   tick() {
-    if (!this.why) this.send(HEARTBEAT);
+    if (!this.why && this.registered) this.send(HEARTBEAT);
     // Some brokers send no heartbeats to a busy worker.
-    if (!this.address && Date.now() - this.heard > SILENCE) this.why = 'no heartbeat from the broker';
+    if (!this.address && this.registered && Date.now() - this.heard > SILENCE) this.why = 'no heartbeat from the broker';
     this.endIfIdle();
   }
 
@@ -867,11 +1135,18 @@ class Session {
       // bbroker tells a service what its key may not.
       if (command === DISCONNECT && rest.length === 2 && rest[0] === NOT_ALLOWED) this.refuse(printable(rest[1]));
       else if (command === DISCONNECT) this.why = this.why || 'the broker sent DISCONNECT';
+      if (command === HEARTBEAT) this.turns.decline(this);
       const cut = rest.indexOf('');
-      if (command === REQUEST && cut >= 0 && !this.address) {
-        this.address = frames.slice(2, 2 + cut + 1);
-        this.token = `${this.number}.${++this.requests}`;
-        parentPort.postMessage({ token: this.token, body: frames.slice(2 + cut + 1) });
+      if (command === REQUEST && cut >= 0 && !this.address && this.registered) {
+        if (this.turns.take(this)) {
+          this.address = frames.slice(2, 2 + cut + 1);
+          this.token = `${this.owner.address.endpoint} ${this.number}.${++this.requests}`;
+          parentPort.postMessage({ token: this.token, body: frames.slice(2 + cut + 1) });
+        } else {
+          this.send(DISCONNECT, ...BUSY);
+          this.registered = false;
+          this.turns.wait(this);
+        }
       }
       this.endIfIdle();
     }
@@ -880,19 +1155,21 @@ class Session {
   /** Sends the first reply to the current request. Ignores any other reply. */
   reply(token, body) {
     if (!this.address || token !== this.token) return;
-    if (this.why) parentPort.postMessage({ log: `reply dropped: ${this.why}` });
+    if (this.why) this.owner.log(`reply dropped: ${this.why}`);
     else this.send(REPLY, ...this.address, ...body);
     this.address = undefined;
+    this.turns.release(this);
     this.endIfIdle();
   }
 
   /** Ends the session if it is over or stopping, but not before the current request has ended. */
   endIfIdle() {
-    if (this.address || this.ended || !(this.why || this.stopping())) return;
+    if (this.address || this.ended || !(this.why || this.owner.stopping)) return;
     this.ended = true;
+    this.turns.release(this);
     clearInterval(this.ticker);
     if (!this.why) {
-      this.send(DISCONNECT);
+      if (this.registered) this.send(DISCONNECT);
       this.socket.linger = 1000;
     }
     const end = () => {
@@ -964,7 +1241,7 @@ request works like brequest, and service like bservice, with these flags:
                             service: use the last argument as standard input
       --host HOST           host of the broker (127.0.0.1)
   -p, --port PORT           port of the broker (5555)
-  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH; may be repeated
       --broker-key KEY      public key of the broker, for one that takes keys
       --key FILE            one's own secret key, which the broker knows
   -q, --quiet               print errors only
@@ -1009,7 +1286,8 @@ function parse(verb, words) {
       if (!words.length) throw new UsageError(`${flag} needs a value`);
       value = words.shift();
     }
-    flags[flag] = value === undefined ? '' : value;
+    if (value === undefined) value = '';
+    flags[flag] = flag === '--broker' ? [...(flags[flag] || []), value] : value;
   }
   return { flags, name, rest: words };
 }
@@ -1045,7 +1323,7 @@ function write(data) {
 }
 
 function addressIn(flags) {
-  return { broker: flags['--broker'], key: flags['--key'], brokerKey: flags['--broker-key'] };
+  return { broker: (flags['--broker'] || []).filter(Boolean), key: flags['--key'], brokerKey: flags['--broker-key'] };
 }
 
 async function request({ flags, name, rest }) {
@@ -1100,7 +1378,7 @@ async function main(verb, words) {
 }
 
 if (workerData && workerData.backboneService !== undefined && parentPort) {
-  keepRegistered(workerData);
+  serveAll(workerData);
 } else if (require.main === module) {
   main(process.argv[2], process.argv.slice(3)).then(status => { process.exitCode = status; });
 }

@@ -49,6 +49,7 @@ OnMessage = Callable[[Any], object]  # gets a Reply or a BackboneError
 OnRequest = Callable[[List[Any], Callable[[Message], None]], object]
 Host = Union[None, str, Dict[str, Any]]
 Port = Union[None, str, int]
+Broker = Union[None, str, Sequence[str]]  # endpoints, in the order of preference
 
 CLIENT, WORKER = b'MDPC01', b'MDPW01'
 READY, REQUEST, REPLY, HEARTBEAT, DISCONNECT = b'\1', b'\2', b'\3', b'\4', b'\5'
@@ -59,10 +60,15 @@ MAX_TIMEOUT = 2**31 / 1000  # seconds (24 days); a longer timeout counts as none
 MAX_CONNECTIONS = 128     # of all clients; each takes three of ZeroMQ's 1023 sockets, and four file descriptors
 COLLECT_PAUSES = 0.1, 60  # seconds, the first and the longest, between collections while a reply is missing
 CANCEL_PATIENCE = 0.5     # seconds to wait for the reply to mmi.cancel, which some brokers do not support
+PATIENCE = 0.25           # seconds to wait for one of several brokers before the next is tried as well
+MAX_SEARCHES = 8          # of a client that try more than one broker at a time; each takes further connections
+FARTHEST = 1.0            # seconds that one of several brokers may take to tell whether it has the service
+RESERVED = 0.5            # seconds for which a session has on_request after its turn has come, unless its broker has no request
 REFUSED_PAUSE = 30.0      # seconds before a service tries again that its broker refused: somebody has to change what it may
 
 PUBLIC_PREFIX, SECRET_PREFIX = 'bbpub-', 'bbsec-'  # of keys as text; 64 hexadecimal digits follow
 NOT_ALLOWED = b'77'       # the frame by which bbroker tells a service why it sends DISCONNECT
+BUSY = b'75', b'busy'     # the frames by which a service tells a broker that it hands a request back
 NO_COMMON_MECHANISM = 0x11000002  # the value of HANDSHAKE_FAILED_PROTOCOL if one side wants keys and the other none
 MAX_FAILED = 3            # handshakes in a row that fail without a reason before it is the keys; a broker that stops may cause one
 MAX_SUSPICIONS = 2        # times that this happens before it is another broker; one that has no room closes connections, too
@@ -143,36 +149,53 @@ def _decode(frame, encoding):
         return frame
 
 
-def _endpoint(host, port, broker):
-    source = 'broker'
+def _endpoints(host, port, broker):
+    """Returns the endpoints of the brokers, each perhaps with #KEY: one or more."""
+    source, endpoints = 'broker', broker
     if not broker and not host and not port:
-        source, broker = 'BACKBONE_BROKER', os.environ.get('BACKBONE_BROKER')
-    if broker:
-        broker = str(broker)
-        if not broker.startswith(('tcp://', 'ipc://')):
-            # What follows # may be a secret key, by mistake.
-            raise UsageError('%s must be tcp://HOST:PORT or ipc:///PATH, not %r' % (source, broker.partition('#')[0]))
-        return broker
+        source, endpoints = 'BACKBONE_BROKER', os.environ.get('BACKBONE_BROKER', '').split()
+    if endpoints:
+        endpoints = [str(endpoint) for endpoint in (endpoints if isinstance(endpoints, (list, tuple)) else [endpoints])]
+        for endpoint in endpoints:
+            # What libzmq says about a single endpoint is good enough.
+            if not (endpoint.startswith(('tcp://', 'ipc://')) if len(endpoints) == 1 else _is_endpoint(endpoint)):
+                # What follows # may be a secret key, by mistake.
+                raise UsageError('%s must be tcp://HOST:PORT or ipc:///PATH, not %r' % (source, endpoint.partition('#')[0]))
+        return endpoints
     host = str(host or os.environ.get('BACKBONE_HOST') or '127.0.0.1')
     source = 'port' if port else 'BACKBONE_PORT'
     port = str(port or os.environ.get('BACKBONE_PORT') or '5555')
     if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
         raise UsageError('%s must be a number from 0 to 65535, not %r' % (source, port))
-    return 'tcp://%s:%s' % ('[%s]' % host.strip('[]') if ':' in host else host, port)
+    return ['tcp://%s:%s' % ('[%s]' % host.strip('[]') if ':' in host else host, port)]
 
 
-def _address(host, port, broker, key, broker_key):
-    """Returns the endpoint of the broker, and the _Keys for connections to it, or None."""
-    endpoint = _endpoint(host, port, broker)
-    if endpoint.startswith('ipc://'):  # the environment may have keys for other endpoints
-        if key or broker_key:
-            raise UsageError('an ipc endpoint takes no keys: %s' % endpoint)
-        return endpoint, None
-    endpoint, has_key, text = endpoint.partition('#')
+def _is_endpoint(text):
+    # ZeroMQ takes a source address before a semicolon.
+    tcp = re.fullmatch(r'tcp://([^#]*;)?(\[[^][#]+\]|[^][:;#\s]+):(?P<port>[0-9]{1,5})(#.*)?', text, re.DOTALL)
+    return int(tcp['port']) < 65536 if tcp else text.startswith('ipc://') and text != 'ipc://'
+
+
+def _addresses(host, port, broker, key, broker_key):
+    """Returns the addresses of the brokers, each once: an endpoint, and the _Keys for connections to it, or None."""
+    endpoints = _endpoints(host, port, broker)
+    if (key or broker_key) and all(endpoint.startswith('ipc://') for endpoint in endpoints):
+        raise UsageError('an ipc endpoint takes no keys: %s' % endpoints[0])
+    addresses = {}
+    for endpoint in endpoints:
+        keys = None  # for ipc; the environment may have keys for other endpoints
+        if endpoint.startswith('tcp://'):
+            endpoint, keys = _tcp_address(endpoint, len(endpoints) == 1, key, broker_key)
+        addresses.setdefault(endpoint, keys)
+    return list(addresses.items())
+
+
+def _tcp_address(text, only, key, broker_key):
+    endpoint, has_key, text = text.partition('#')
     source = 'the key in ' + endpoint
     if not has_key:
         source, text = _set_by('broker_key', broker_key, 'BACKBONE_BROKER_KEY')
-    elif broker_key and str(broker_key) != text:
+    elif only and broker_key and str(broker_key) != text:
         raise UsageError('broker_key is another key than that in %s' % endpoint)
     own_source, key = _set_by('key', key, 'BACKBONE_KEY')
     own = _secret_key(own_source, key) if key else None
@@ -181,6 +204,10 @@ def _address(host, port, broker, key, broker_key):
     if own:
         raise UsageError('%s needs broker_key, the public key of the broker' % own_source)
     return endpoint, None
+
+
+def _join(addresses, separator=' '):
+    return separator.join(endpoint for endpoint, _ in addresses)
 
 
 def _set_by(name, value, variable):
@@ -396,24 +423,28 @@ class _Connection:
     def __init__(self, endpoint, keys, tool):
         self.socket = _dealer(endpoint, keys, tool)
         self.monitor = self.socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         # finalize also closes the sockets when self is garbage collected. Without it, the
         # collector would close the monitor before the socket that it monitors.
         self.close = weakref.finalize(self, self._close, self.socket, self.monitor)
         self.endpoint, self.keys = endpoint, keys
         self.connected = self.lost = False
-        self.failed = 0      # handshakes in a row
-        self.suspicions = 0  # times in a row that they failed while the broker kept another connection
-        self.refused = None  # the error that says why no connection will come about
+        self.retried = False  # the last attempt has failed
+        self.failed = 0       # handshakes in a row
+        self.suspicions = 0   # times in a row that they failed while the broker kept another connection
+        self.refused = None   # the error that says why no connection will come about
+        self.names = set()    # of services that the broker had, if it is one of several
         _connect(self.socket, endpoint)
 
     def update(self):
-        """Updates connected, lost and refused from the events of the monitor."""
+        """Updates connected, lost, retried and refused from the events of the monitor."""
         while self.monitor.poll(0):
             told = recv_monitor_message(self.monitor)
             if told['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.connected, self.failed, self.suspicions = True, 0, 0
+                self.connected, self.retried, self.failed, self.suspicions = True, False, 0, 0
+            elif told['event'] == zmq.EVENT_CONNECT_RETRIED:
+                self.retried = not self.connected
             elif told['event'] == zmq.EVENT_DISCONNECTED:
                 self.lost = self.lost or self.connected
             else:
@@ -447,21 +478,62 @@ class _Connection:
         socket.close()
 
 
+SERVES, VACANT, FAILED = 'serves', 'vacant', 'failed'
+
+
+class _Attempt:
+    """One of several brokers that may get a request: the connection, and whether the broker has the service."""
+
+    def __init__(self, client, place, name):
+        self.client, self.place, self.name = client, place, name
+        self.connection = client._take_idle(lambda idle: idle.endpoint == client._brokers[place][0]) or client._open(place)
+        self.asked = False
+        self.verdict = None  # or SERVES, VACANT or FAILED; the last one may change
+        self.since = time.monotonic()
+
+    def update(self):
+        """Updates the verdict. Asks the broker as soon as the connection stands."""
+        connection, now = self.connection, time.monotonic()
+        if connection.lost and now >= self.since + PATIENCE:
+            connection.close()
+            connection = self.connection = self.client._open(self.place)
+            self.asked = False
+        connection.update()
+        if connection.connected and not connection.lost and not self.asked:
+            self.asked, self.verdict, self.since = True, None, now if self.verdict else self.since
+            if self.name.startswith(b'mmi.'):
+                self.verdict = SERVES
+            else:
+                with contextlib.suppress(zmq.Again):  # the connection has just ended
+                    connection.socket.send_multipart([b'', CLIENT, b'mmi.service', self.name], zmq.NOBLOCK)
+        if self.asked and connection.socket.poll(0):
+            self.verdict = VACANT if connection.socket.recv_multipart()[3:] == [b'404'] else SERVES
+        if connection.lost and self.verdict != FAILED:
+            self.verdict, self.since = FAILED, now
+        elif connection.refused or connection.retried:
+            self.verdict = FAILED
+
+
 class BackboneClient:
     """Sends requests to services. Any number of threads may use it at once.
 
     Each concurrent request has its own connection. The clients of a process have MAX_CONNECTIONS
     of them; more requests wait for their turn.
+
+    Of several brokers, the first that can be reached and has the service gets the request.
     """
 
-    def __init__(self, *address: Any, host: Optional[str] = None, port: Port = None, broker: Optional[str] = None,
+    def __init__(self, *address: Any, host: Optional[str] = None, port: Port = None, broker: Broker = None,
                  encoding: Optional[str] = 'utf-8', key: Optional[str] = None, broker_key: Optional[str] = None) -> None:
         # (host, port), or (name, host, port) as in a README of Dispatchr Backbone.
         given = ([None, None] + list(address))[-2:] if len(address) > 2 else (list(address) + [None, None])[:2]
         self.host, self.port = given[0] or host, given[1] or port
-        self.endpoint, self._keys = _address(self.host, self.port, broker, key, broker_key)
+        self._brokers = _addresses(self.host, self.port, broker, key, broker_key)
+        self.endpoint = _join(self._brokers)
         self.encoding = encoding
         self._idle: Deque[_Connection] = collections.deque()
+        self._first = 0  # the broker to begin with
+        self._searches = threading.BoundedSemaphore(MAX_SEARCHES)
         with _turns.lock:
             _clients.add(self)
 
@@ -473,14 +545,19 @@ class BackboneClient:
     def connect(self) -> 'BackboneClient':
         """Starts to connect, and returns at once. This is optional: send connects as well."""
         with _wrap(zmq.ZMQError, self.endpoint):
-            self._idle.append(self._open())
+            self._idle.append(self._open(self._first))
         return self
 
     def disconnect(self) -> 'BackboneClient':
-        """Closes the connections that no request uses. send opens new ones."""
-        for connection in iter(self._take_idle, None):
-            connection.close()
+        """Closes the connections that no request uses. send opens new ones, to the first broker if it can."""
+        self._first = 0
+        self._close_idle()
         return self
+
+    def _close_idle(self):
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self._idle.pop().close()
 
     close = disconnect
 
@@ -490,29 +567,101 @@ class BackboneClient:
     def __exit__(self, *_: object) -> None:
         self.disconnect()
 
-    def _take_idle(self) -> Optional[_Connection]:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-    def _open(self):
-        """Returns a new connection. It may take the place of idle ones, of any client."""
-        with _turns.lock:
-            clients = list(_clients)
-        if _turns.taken + sum(len(client._idle) for client in clients) > MAX_CONNECTIONS:
-            for client in clients:
-                BackboneClient.disconnect(client)
-        return _Connection(self.endpoint, self._keys, 'brequest')
-
-    def _acquire(self):
-        """Returns an idle connection, or a new one."""
-        for connection in iter(self._take_idle, None):
+    def _take_idle(self, fits=lambda connection: True):
+        """Returns an idle connection that fits and still stands, or None."""
+        for connection in reversed(list(self._idle)):
+            if not fits(connection):
+                continue
+            try:
+                self._idle.remove(connection)
+            except ValueError:  # another thread has taken it
+                continue
             connection.update()
             if not connection.lost and not connection.refused:
                 return connection
             connection.close()
-        return self._open()
+        return None
+
+    def _open(self, place):
+        """Returns a new connection to a broker. It may take the place of idle ones, of any client."""
+        with _turns.lock:
+            clients = list(_clients)
+        if _turns.taken + sum(len(client._idle) for client in clients) > MAX_CONNECTIONS:
+            for client in clients:
+                client._close_idle()
+        return _Connection(*self._brokers[place], 'brequest')
+
+    async def _acquire(self, name, timeout, end):
+        """Returns a connection for a request: an idle one, or a new one."""
+        if len(self._brokers) == 1:
+            return self._take_idle() or self._open(0)
+        connection = self._take_idle(lambda idle: name in idle.names) or await self._search(name, timeout, end)
+        connection.names.add(name)
+        return connection
+
+    async def _search(self, name, timeout, end):
+        """Returns a connection to the one of several brokers that is to get a request. Closes all others."""
+        attempts: List[_Attempt] = []
+        chosen, searching = None, False
+        try:
+            while True:
+                for attempt in attempts:
+                    attempt.update()
+                now = time.monotonic()
+                chosen = self._choice(attempts, now)
+                if chosen:
+                    # Begin with the first that has answered, not with one that is away.
+                    self._first = next(attempt.place for attempt in attempts if attempt.verdict in (SERVES, VACANT))
+                    return chosen.connection
+                if end is not None and now >= end:
+                    raise self._not_found(attempts, timeout)
+                due = max((attempt.since for attempt in attempts), default=0) + PATIENCE
+                if len(attempts) < len(self._brokers) and (not attempts or attempts[-1].verdict or now >= attempts[-1].since + PATIENCE):
+                    searching = searching or bool(attempts) and self._searches.acquire(blocking=False)
+                    if searching or not attempts:
+                        attempts.append(_Attempt(self, self._next_place(attempts), name))
+                        continue
+                    due = now + PATIENCE / 10
+                wait = due - now if due > now else PATIENCE
+                sockets = [socket for attempt in attempts for socket in (attempt.connection.socket, attempt.connection.monitor)]
+                await self._poll(sockets, 1 + 1000 * (wait if end is None else min(wait, end - now)))
+        finally:
+            if searching:
+                self._searches.release()
+            for attempt in attempts:
+                if attempt is not chosen:
+                    attempt.connection.close()
+
+    def _next_place(self, attempts):
+        """Returns the next broker that is not tried yet, from the first one on, round and round."""
+        places = [(self._first + step) % len(self._brokers) for step in range(len(self._brokers))]
+        return next(place for place in places if place not in [attempt.place for attempt in attempts])
+
+    def _choice(self, attempts, now):
+        """Returns the attempt that gets the request, or None as long as that is open. Raises if all are refused."""
+        by_verdict = lambda verdict: [attempt for attempt in attempts if attempt.verdict == verdict]
+        serving, vacant, pending = by_verdict(SERVES), by_verdict(VACANT), by_verdict(None)
+        if serving or len(attempts) < len(self._brokers):
+            return serving[0] if serving else None
+        if vacant and all(now >= attempt.since + FARTHEST for attempt in pending):
+            return vacant[0]
+        if all(attempt.connection.refused for attempt in attempts):
+            raise min(attempts, key=lambda attempt: attempt.place).connection.refused
+        return None
+
+    def _not_found(self, attempts, timeout):
+        """Returns the error for a request that no broker got."""
+        standing = [attempt.connection.endpoint for attempt in attempts if attempt.asked and not attempt.connection.lost]
+        if standing:
+            return RequestTimeout('no reply from %s within %gs' % (', '.join(standing), timeout))
+        return NoBroker('no broker at %s within %gs' % (_join(self._brokers, ', '), timeout))
+
+    def _leave(self, endpoint):
+        """Lets the next request begin with the broker after one that is lost."""
+        place = [endpoint for endpoint, _ in self._brokers].index(endpoint)
+        self._first = (place + 1) % len(self._brokers)
+        for connection in list(self._idle):
+            connection.names.clear()  # of all, so that the order counts
 
     def send(self, service: Frame, message: Message = None, timeout: Union[None, float, OnMessage] = None,
              on_message: Optional[OnMessage] = None) -> Reply:
@@ -563,7 +712,7 @@ class BackboneClient:
             _turns.give_back(turn)
 
     async def _exchange(self, request, frames, timeout, end):
-        connection = self._acquire()
+        connection = await self._acquire(frames[1], timeout, end)
         socket, monitor = connection.socket, connection.monitor
         try:
             with contextlib.suppress(zmq.Again):  # the broker has refused the connection; the monitor tells why
@@ -578,11 +727,12 @@ class BackboneClient:
                     result = request.parse_reply(reply[1:] if reply[0] == b'' else [])
                     break
                 if connection.lost:
-                    raise ConnectionLost('lost the broker at %s before its reply' % self.endpoint)
+                    self._leave(connection.endpoint)
+                    raise ConnectionLost('lost the broker at %s before its reply' % connection.endpoint)
                 if connection.refused:
                     raise connection.refused
                 if left == 0 and connection.connected:
-                    raise RequestTimeout('no reply from %s within %gs' % (self.endpoint, timeout))
+                    raise RequestTimeout('no reply from %s within %gs' % (connection.endpoint, timeout))
                 if left == 0:
                     raise NoBroker('no broker at %s within %gs' % (self.endpoint, timeout))
         except StatusError:
@@ -656,10 +806,13 @@ class BackboneService:
     later, or returns the reply: a str, bytes, or a list of them. The client gets a failure if
     on_request raises an exception, or ends and leaves nothing that could call reply.
     on_request may block, because another thread sends the heartbeats.
+
+    With several brokers it serves all of them. A request that comes while on_request has one of
+    another broker is handed back.
     """
 
     def __init__(self, service: str, on_request: OnRequest, host: Host = None,
-                 port: Port = None, broker: Optional[str] = None, encoding: Optional[str] = 'utf-8',
+                 port: Port = None, broker: Broker = None, encoding: Optional[str] = 'utf-8',
                  log: Optional[Callable[[object], object]] = None,
                  key: Optional[str] = None, broker_key: Optional[str] = None) -> None:
         if isinstance(host, dict):
@@ -667,7 +820,8 @@ class BackboneService:
             host, port, broker = options.get('host'), options.get('port'), options.get('broker')
             key, broker_key = options.get('key', key), options.get('broker_key', broker_key)
         self.service, self.on_request, self.encoding = service, on_request, encoding
-        self.endpoint, self._keys = _address(host, port, broker, key, broker_key)
+        self._brokers = _addresses(host, port, broker, key, broker_key)
+        self.endpoint = _join(self._brokers)
         self.log = log or (lambda text: print('%s: %s' % (service, text), file=sys.stderr))
         self._requests: Any = queue.Queue()
         self._replies: Any = queue.SimpleQueue()  # reentrant, because the collector may put a reply into it
@@ -689,8 +843,9 @@ class BackboneService:
         return self
 
     def _launch(self):
-        with _wrap(zmq.ZMQError, self.endpoint):
-            self._connection().close()  # fails here, and not in a thread, if the endpoint is bad
+        for endpoint, keys in self._brokers:
+            with _wrap(zmq.ZMQError, endpoint):
+                _Connection(endpoint, keys, 'bservice').close()  # fails here, and not in a thread, if the endpoint is bad
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._keep_registered, self._work)]
         for thread in self._threads:
             thread.start()
@@ -744,7 +899,7 @@ class BackboneService:
         self.close()
 
     def _notify(self):
-        """Wakes the thread that owns the socket."""
+        """Wakes the thread that owns the sockets."""
         with contextlib.suppress(BlockingIOError):  # enough to wake it is there already
             self._wake_sender.send(b'.')
 
@@ -794,93 +949,177 @@ class BackboneService:
             self._answer(address, _failure(error))
         return replied
 
-    def _connection(self):
-        connection = _Connection(self.endpoint, self._keys, 'bservice')
-        connection.close.atexit = False  # a thread may use it then
-        return connection
-
     def _keep_registered(self):
-        """Registers with the broker, again after each loss, until disconnect is called."""
-        while not self._stopping:
-            try:
-                why = self._serve()
-            except zmq.ZMQError as error:
-                why = error
-            if self._stopping:
+        """Registers with each broker, again after each loss, until disconnect is called."""
+        turns = _HandlerTurns()
+        sessions = [_Session(self, turns, *broker) for broker in self._brokers]
+        while True:
+            while not self._replies.empty():
+                address, body = self._replies.get()
+                for session in sessions:
+                    session.reply(address, body)
+            due = min([session.step() for session in sessions] + [turns.step()])
+            waits = [socket for session in sessions for socket in session.waits()]
+            if self._stopping and not waits:
                 break
-            if isinstance(why, BackboneError):
-                self.log('refused: %s; trying again in %gs' % (why, REFUSED_PAUSE))
-                self._pause(REFUSED_PAUSE)
-            else:
-                self.log('%s; reconnecting to %s' % (why, self.endpoint))
-                # Limit the rate if the broker keeps rejecting the service.
-                self._pause(HEARTBEAT_INTERVAL / 2)
+            wake = self._wake_receiver.fileno()
+            if wake in dict(_poller(waits + [wake]).poll(max(0, due - time.monotonic()) * 1000 + 1)):
+                self._wake_receiver.recv(4096)
         self._requests.put(None)
 
-    def _pause(self, seconds):
-        """Waits, but not longer than until disconnect is called."""
-        end = time.monotonic() + seconds
-        while not self._stopping and time.monotonic() < end:
-            if _poller([self._wake_receiver.fileno()]).poll(max(0, end - time.monotonic()) * 1000 + 1):
-                self._wake_receiver.recv(4096)
+
+class _HandlerTurns:
+    """Lets one session at a time have on_request. Those that had to hand a request back get their turns in that order."""
+
+    def __init__(self):
+        self._user = None  # the session that has it, or for which it is reserved
+        self._until = math.inf  # the end of the reservation
+        self._waiting = collections.deque()
+
+    def take(self, session):
+        """Returns whether a session may call on_request now. It then has to release it."""
+        if self._user not in (None, session):
+            return False
+        self._user, self._until = session, math.inf
+        return True
+
+    def wait(self, session):
+        self._waiting.append(session)
+
+    def decline(self, session):
+        """Ends a reservation, because the broker has no request."""
+        if self._user is session and self._until != math.inf:
+            self.release(session)
+
+    def release(self, session):
+        """Ends the turn of a session, the reservation for it, or its wait."""
+        if self._user is session:
+            self._user, self._until = None, math.inf
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(session)
+
+    def step(self):
+        """Lets the next session register again if it is its turn. Returns when that may be the case without a release."""
+        if time.monotonic() >= self._until:
+            self.release(self._user)
+        if self._user is None and self._waiting:
+            self._user, self._until = self._waiting.popleft(), time.monotonic() + RESERVED
+            self._user.register()
+        return self._until
+
+
+class _Session:
+    """The registrations of a service with one broker: one after another, each from READY to DISCONNECT on a new socket."""
+
+    def __init__(self, service, turns, endpoint, keys):
+        self.service, self.turns, self.endpoint, self.keys = service, turns, endpoint, keys
+        self.connection = None
+        self.current = None  # the address of the request in progress
+        self.why = None      # the registration is over; if the broker refused the service, a BackboneError
+        self.due = 0.0       # when to send the next heartbeat, or to register again
+        self.registered = False
+
+    def waits(self):
+        return [self.connection.socket, self.connection.monitor] if self.connection else []
+
+    def step(self):
+        """Does what is due. Returns when the next thing is."""
+        try:
+            if self.connection or not self.service._stopping and time.monotonic() >= self.due:
+                self._serve()
+        except zmq.ZMQError as error:
+            self.why = self.why or error
+            if not self.current:
+                self._end()
+        return self.due
+
+    def register(self):
+        self.registered, self.heard = True, time.monotonic()
+        self._send(READY, _bytes(self.service.service))
+
+    def reply(self, address, body):
+        """Sends the reply to a request, unless it is a second one, or one for another session."""
+        if address is not self.current:
+            return
+        self.current = None
+        self.turns.release(self)
+        if isinstance(body, str):
+            self._log(body)
+            body = _failure(StatusError(1, b'', '%s: %s\n' % (self.service.service, body)))
+        if self.why:
+            self._log('reply dropped: %s' % self.why)
+        else:
+            self._send(REPLY, *address, *body)
+
+    def _send(self, *frames):
+        try:
+            self.connection.socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
+        except zmq.Again:
+            self.connection.update()
+            self.why = self.why or self.connection.refused or 'the broker does not accept messages'
 
     def _serve(self):
-        """Runs one registration, from READY to DISCONNECT, on a new socket.
+        if not self.connection:
+            self.why, self.due = None, 0
+            self.connection = _Connection(self.endpoint, self.keys, 'bservice')
+            self.connection.close.atexit = False  # a thread may use it then
+            self.register()
+        self.connection.update()
+        self.why = self.why or self.connection.refused
+        now = time.monotonic()
+        if self.connection.socket.poll(0):
+            self.heard = now
+            self._receive(*_command(self.connection.socket.recv_multipart()))
+        if now >= self.due:
+            self.due = now + HEARTBEAT_INTERVAL
+            if self.registered and not self.why:
+                self._send(HEARTBEAT)
+        # Some brokers send no heartbeats to a busy worker.
+        if self.registered and not self.current and now - self.heard > LIVENESS * HEARTBEAT_INTERVAL:
+            self.why = 'no heartbeat from the broker'
+        # Wait for the current request even if the registration is over: only one runs at a time.
+        if not self.current and (self.why or self.service._stopping):
+            self._end()
 
-        Returns why it ended; if the broker refused the service, as a BackboneError.
-        """
-        connection = self._connection()
-        socket = connection.socket
-        send = lambda *frames: socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
-        poller = _poller([socket, connection.monitor, self._wake_receiver.fileno()])
-        current = None  # the address of the request in progress
-        why, heard, due = None, time.monotonic(), 0
-        try:
-            send(READY, _bytes(self.service))
-            # Wait for the current request even if the session is over: only one runs at a time.
-            while current or not (why or self._stopping):
-                ready = dict(poller.poll(max(0, due - time.monotonic()) * 1000 + 1))
-                now = time.monotonic()
-                if self._wake_receiver.fileno() in ready:
-                    self._wake_receiver.recv(4096)
-                connection.update()
-                why = why or connection.refused
-                if socket in ready:
-                    heard = now
-                    kind, rest = _command(socket.recv_multipart())
-                    if kind == DISCONNECT:
-                        why = _disconnected(rest)
-                    elif kind == REQUEST and b'' in rest and not current:
-                        cut = rest.index(b'') + 1
-                        current, body = rest[:cut], rest[cut:]
-                        self._requests.put((current, body))
-                while not self._replies.empty():
-                    address, body = self._replies.get()
-                    if address is current and isinstance(body, str):
-                        self.log(body)
-                        body = _failure(StatusError(1, b'', '%s: %s\n' % (self.service, body)))
-                    if address is current:  # not a second reply, or one for an earlier registration
-                        current = None
-                        if why:
-                            self.log('reply dropped: %s' % why)
-                        else:
-                            send(REPLY, *address, *body)
-                if now >= due:
-                    due = now + HEARTBEAT_INTERVAL
-                    if not why:
-                        send(HEARTBEAT)
-                # Some brokers send no heartbeats to a busy worker.
-                if not current and now - heard > LIVENESS * HEARTBEAT_INTERVAL:
-                    why = 'no heartbeat from the broker'
-            if not why:
-                send(DISCONNECT)
-                socket.linger = 1000
-        except zmq.Again:
-            connection.update()
-            why = connection.refused or 'the broker does not accept messages'
-        finally:
-            connection.close()
-        return why
+    def _receive(self, kind, rest):
+        if kind == DISCONNECT:
+            self.why = _disconnected(rest)
+        elif kind == HEARTBEAT:
+            self.turns.decline(self)
+        elif kind == REQUEST and b'' in rest and not self.current and self.registered:
+            cut = rest.index(b'') + 1
+            if self.turns.take(self):
+                self.current = rest[:cut]
+                self.service._requests.put((self.current, rest[cut:]))
+            else:
+                self._send(DISCONNECT, *BUSY)
+                self.registered = False
+                self.turns.wait(self)
+
+    def _end(self):
+        """Ends the registration. The next one comes after a pause."""
+        self.turns.release(self)
+        if self.connection:
+            if self.registered and not self.why:
+                self._send(DISCONNECT)
+            if not self.why:
+                self.connection.socket.linger = 1000
+            self.connection.close()
+        self.connection, self.registered, self.due = None, False, math.inf
+        if self.service._stopping:
+            return
+        if isinstance(self.why, BackboneError):
+            pause = REFUSED_PAUSE
+            self._log('refused: %s; trying again in %gs' % (self.why, pause))
+        else:
+            pause = HEARTBEAT_INTERVAL / 2  # it limits the rate if the broker keeps rejecting the service
+            self._log('%s; reconnecting to %s' % (self.why, self.endpoint))
+        self.due = time.monotonic() + pause
+
+    def _log(self, text):
+        """Logs a text, which names the broker if there are several."""
+        named = len(self.service._brokers) == 1 or self.endpoint in text
+        self.service.log(text if named else '%s: %s' % (self.endpoint, text))
 
 
 def _failure(error):
@@ -931,7 +1170,7 @@ class CmdService(BackboneService):
     """Serves a command. Runs it with its options, followed by the frames of the request, as arguments."""
 
     def __init__(self, service: str, cmd: Union[str, Sequence[str]], host: Host = None,
-                 port: Port = None, options: Sequence[str] = (), stdin: bool = False, broker: Optional[str] = None,
+                 port: Port = None, options: Sequence[str] = (), stdin: bool = False, broker: Broker = None,
                  key: Optional[str] = None, broker_key: Optional[str] = None) -> None:
         self.command = ([cmd] if isinstance(cmd, str) else list(cmd)) + list(options)
         self.stdin = stdin
@@ -964,7 +1203,7 @@ request works like brequest, and service like bservice, with these flags:
                             service: use the last argument as standard input
       --host HOST           host of the broker (127.0.0.1)
   -p, --port PORT           port of the broker (5555)
-  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH
+  -b, --broker ENDPOINT     use this broker instead: tcp://HOST:PORT[#KEY] or ipc:///PATH; may be repeated
       --broker-key KEY      public key of the broker, for one that takes keys
       --key FILE            one's own secret key, which the broker knows
   -q, --quiet               print errors only
@@ -1006,7 +1245,7 @@ def parse(verb, words):
             if not words:
                 raise UsageError('%s needs a value' % flag)
             value = words.popleft()
-        flags[flag] = value
+        flags[flag] = flags.get(flag, []) + [value] if flag == '--broker' else value
     return flags, name, list(words)
 
 
@@ -1025,7 +1264,8 @@ def duration(text):
 
 def place(flags):
     """Returns the arguments that tell where the broker is, and the keys."""
-    return {flag[2:].replace('-', '_'): flags.get(flag) for flag in TAKES_VALUE - {'--timeout'}}
+    given = {flag[2:].replace('-', '_'): flags.get(flag) for flag in TAKES_VALUE - {'--timeout'}}
+    return dict(given, broker=[endpoint for endpoint in given['broker'] or [] if endpoint])
 
 
 def request(flags, name, args):
