@@ -237,6 +237,16 @@ func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
 	runExample(t, strings.Replace(text, "\n    $ ", "\n    $ cp $LIBRARIES/backbone.* .\n    $ ", 1), env)
 }
 
+func TestSeveralBrokersWorkAsTheREADMEHasThem(t *testing.T) {
+	_, text, found := strings.Cut(section(t, "README.md", "Operating a broker"), "\n### Several brokers\n")
+	if !found {
+		t.Fatal("the README has no section about several brokers")
+	}
+	text, _, _ = strings.Cut(text, "\nA service of one site") // several_clients.txtar tries this one.
+	text = strings.NewReplacer("tcp://hub-1:5555", "ipc://nobody", "tcp://hub-2:5555", "tcp://127.0.0.1:5555").Replace(text)
+	runExample(t, text, os.Environ())
+}
+
 // section returns the section of a file with the given title.
 func section(t *testing.T, file, title string) string {
 	t.Helper()
