@@ -528,7 +528,8 @@ func (c *Client) connectLane(l *lane) error {
 // seek looks for one of several brokers while calls wait for a connection and none is there. It returns the
 // sockets to wait for, and until when.
 func (c *Client) seek() (sockets []*socket, due time.Time) {
-	if len(c.brokers) == 1 || slices.ContainsFunc(c.lanes, (*lane).usable) || !slices.ContainsFunc(c.lanes, (*lane).seeks) {
+	i := slices.IndexFunc(c.lanes, (*lane).seeks)
+	if len(c.brokers) == 1 || i < 0 || slices.ContainsFunc(c.lanes, (*lane).usable) {
 		c.stopSeeking()
 		return nil, due
 	}
@@ -536,6 +537,9 @@ func (c *Client) seek() (sockets []*socket, due time.Time) {
 		c.seeker = newSeeker(c.stop, slices.Concat(c.brokers[c.first:], c.brokers[:c.first]), c.service, c.waiter.Wake)
 		for _, k := range c.seeker.search {
 			k.rests = c.resting[k.address.endpoint]
+			if limit := c.lanes[i].due; !limit.IsZero() { // Some of the time is for the reply.
+				k.patience = min(k.patience, time.Until(limit)/2)
+			}
 		}
 	}
 	return c.seeker.begin(time.Now())

@@ -15,12 +15,13 @@ type search []*candidate
 
 // A candidate is a broker that may be chosen.
 type candidate struct {
-	address brokerAddress
-	rests   time.Time // the first attempt begins no sooner
-	begun   time.Time // zero before the first attempt
-	passed  bool      // others need not wait for it
-	verdict verdict
-	err     error // why it failed
+	address  brokerAddress
+	rests    time.Time     // the first attempt begins no sooner
+	patience time.Duration // how long a request waits for its verdict rather than at a broker without the service
+	begun    time.Time     // zero before the first attempt
+	passed   bool          // others need not wait for it
+	verdict  verdict
+	err      error // why it failed
 
 	link  *link // of the attempt
 	asked bool  // over the link, whether somebody serves the name
@@ -39,8 +40,7 @@ const (
 	// overlap is how long the next attempt waits for one that neither succeeds nor fails.
 	overlap = 250 * time.Millisecond
 
-	// farthest is how long a broker may take to tell whether it has the service, before a request waits at
-	// one that has not. Over a long way, it takes some round trips.
+	// farthest is the patience with a broker: over a long way, the verdict takes some round trips.
 	farthest = time.Second
 
 	// rest is how long a broker that stops, or whose name is unknown, is not tried again.
@@ -49,7 +49,7 @@ const (
 
 func newSearch(addresses []brokerAddress) (s search) {
 	for _, address := range addresses {
-		s = append(s, &candidate{address: address})
+		s = append(s, &candidate{address: address, patience: farthest})
 	}
 	return s
 }
@@ -94,7 +94,7 @@ func (s search) found(now time.Time) *candidate {
 	if k := s.first(serving); k != nil {
 		return k
 	}
-	if slices.ContainsFunc(s, func(k *candidate) bool { return !k.silentFor(farthest, now) }) {
+	if slices.ContainsFunc(s, func(k *candidate) bool { return !k.silentFor(k.patience, now) }) {
 		return nil
 	}
 	return s.first(unserving)
@@ -125,8 +125,8 @@ func (s search) deadline(now time.Time) (due time.Time) {
 		case k.begun.IsZero():
 		case !k.silentFor(overlap, now):
 			due = earlier(due, k.begun.Add(overlap))
-		case !k.silentFor(farthest, now):
-			due = earlier(due, k.begun.Add(farthest))
+		case !k.silentFor(k.patience, now):
+			due = earlier(due, k.begun.Add(k.patience))
 		}
 	}
 	return due

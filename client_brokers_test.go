@@ -502,6 +502,22 @@ func TestRequestGoesToABrokerThatAnswersLate(t *testing.T) {
 	near.nothing()
 }
 
+// With a short timeout, a silent broker must not keep the request from the one that is there.
+func TestRequestWithAShortTimeoutWaitsAtTheBrokerThatIsThere(t *testing.T) {
+	near := newFakeBroker(t)
+	client := newClientOf(t, near.endpoint, silentEndpoint(t))
+	timedOut := make(chan error)
+	go func() {
+		_, err := client.Send("s", frames("x"), 600*time.Millisecond)
+		timedOut <- err
+	}()
+	near.tells("s", "404")
+	near.want(near.recv()[1:], "", "MDPC01", "s", "x")
+	if err := <-timedOut; !errors.Is(err, errTimeout) {
+		t.Errorf("the error is %v, want %v", err, errTimeout)
+	}
+}
+
 // The search asks again when a connection broke. The first answer may come nevertheless.
 func TestLateAnswerToTheSearchIsNotTakenForAReply(t *testing.T) {
 	for _, correlated := range []bool{false, true} {
