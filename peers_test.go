@@ -70,6 +70,23 @@ var libraries = map[string]struct{ extension, library, textFlag string }{
 	"javascript": {".js", "scripts/backbone.js", "-e"},
 }
 
+// startDialogue starts a program, and returns its standard input and the lines of its output.
+func startDialogue(t testing.TB, program *exec.Cmd) (input io.WriteCloser, lines *bufio.Scanner) {
+	t.Helper()
+	input, err := program.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, err := program.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := program.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return input, bufio.NewScanner(output)
+}
+
 // inEachLanguage runs a test for the library of each language, in parallel.
 func inEachLanguage(t *testing.T, test func(t *testing.T, language string)) {
 	for language := range libraries {
@@ -967,18 +984,7 @@ const { BackboneClient, BackboneService } = require('backbone');
 	inEachLanguage(t, func(t *testing.T, language string) {
 		s := newSystem(t, "--heartbeat", "1s")
 		program := s.inlineCommand(language, programs[language])
-		input, err := program.StdinPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		output, err := program.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := program.Start(); err != nil {
-			t.Fatal(err)
-		}
-		replies := bufio.NewScanner(output)
+		input, replies := startDialogue(t, program)
 		for _, want := range []string{"one", "two"} {
 			if replies.Scan(); replies.Text() != want {
 				t.Errorf("the reply is %q, want %q", replies.Text(), want)
@@ -1784,18 +1790,8 @@ let client;
 		language = "python"
 	}
 	cmd := peerKeysWith(newSystemWithoutBroker(t).inlineCommand(language, program), variables...)
-	input, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	output, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	c := &brokersClient{t, input, bufio.NewScanner(output)}
+	input, replies := startDialogue(t, cmd)
+	c := &brokersClient{t, input, replies}
 	json.NewEncoder(input).Encode(options)
 	return c
 }
