@@ -525,95 +525,11 @@ func (c *Client) connectLane(l *lane) error {
 	return nil
 }
 
-// seek looks for one of several brokers while calls wait for a connection and none is there. It returns the
-// sockets to wait for, and until when.
-func (c *Client) seek() (sockets []*socket, due time.Time) {
-	i := slices.IndexFunc(c.lanes, (*lane).seeks)
-	if len(c.brokers) == 1 || i < 0 || slices.ContainsFunc(c.lanes, (*lane).usable) {
-		c.stopSeeking()
-		return nil, due
-	}
-	if c.seeker == nil {
-		c.seeker = newSeeker(c.stop, slices.Concat(c.brokers[c.first:], c.brokers[:c.first]), c.service, c.waiter.Wake)
-		for _, k := range c.seeker.search {
-			k.rests = c.resting[k.address.endpoint]
-			if limit := c.lanes[i].due; !limit.IsZero() { // Some of the time is for the reply.
-				k.patience = min(k.patience, time.Until(limit)/2)
-			}
-		}
-	}
-	return c.seeker.begin(time.Now())
-}
-
 // use lets calls go over a connection.
 func (l *lane) use(link *link) {
 	l.link = link
 	l.open(link.send)
 	l.conn.received = link.received
-}
-
-// usable tells whether the broker of a lane is there, for other lanes too.
-func (l *lane) usable() bool { return l.connected() && !l.avoided(time.Now()) }
-
-// seeks tells whether the calls of a lane wait for a connection that is still to be opened.
-func (l *lane) seeks() bool { return l.needsConnection() && l.link == nil }
-
-func (c *Client) stopSeeking() {
-	if c.seeker != nil {
-		c.seeker.close()
-		c.seeker = nil
-	}
-}
-
-// sought handles what the last wait found in the search. Calls go to the broker that was found.
-func (c *Client) sought(now time.Time) error {
-	if c.seeker == nil {
-		return nil
-	}
-	if err := c.seeker.handle(); err != nil {
-		return err
-	}
-	found, failure := c.seeker.found(now), c.seeker.failure()
-	i := slices.IndexFunc(c.lanes, (*lane).seeks)
-	switch {
-	case i < 0: // The calls have ended meanwhile.
-	case found != nil:
-		l := c.lanes[i]
-		c.first = slices.Index(c.brokers, found.address)
-		l.use(found.link)
-		found.link, l.endpoint = nil, found.address.endpoint
-		l.setConnected()
-	case failure != nil:
-		for _, l := range c.lanes {
-			l.refuse(failure, now)
-		}
-	default:
-		return nil
-	}
-	c.stopSeeking()
-	return nil
-}
-
-// moveOn lets calls go to another broker, if a lane has left its own or had better do so. The next search
-// begins behind that one.
-func (c *Client) moveOn(l *lane, now time.Time) {
-	avoids := len(l.waiting) > 0 && l.avoided(now)
-	if !l.left && !avoids {
-		return
-	}
-	if l.endpoint == c.brokers[c.first].endpoint {
-		c.first = (c.first + 1) % len(c.brokers)
-	}
-	if l.stops || avoids {
-		c.resting[l.endpoint] = now.Add(rest)
-	}
-	if avoids {
-		l.handOver(&c.freeLane().caller)
-		// Calls that are still to come go to the other lane, too.
-		c.lanes = append(slices.DeleteFunc(slices.Clone(c.lanes), func(other *lane) bool { return other == l }), l)
-		return
-	}
-	l.left, l.stops, l.endpoint = false, false, c.Endpoint()
 }
 
 // Disconnect closes the connections, and forgets the calls in flight.
