@@ -112,7 +112,7 @@ func (t *brokerTool) Run() error {
 		return err
 	}
 	for _, endpoint := range endpoints {
-		if endpoint, _, hasKey := strings.Cut(endpoint, "#"); hasKey && strings.HasPrefix(endpoint, "tcp://") {
+		if endpoint, _, hasKey := strings.Cut(endpoint, "#"); hasKey && isTCP(endpoint) {
 			return misuse("leave it out: --key FILE is the key of the broker", "an endpoint to listen on has no #KEY: %s", endpoint)
 		}
 	}
@@ -160,7 +160,6 @@ func (t *brokerTool) guard(endpoints []string, log *slog.Logger) (*guard, error)
 		return nil, err
 	}
 	fileSource, file := setBy("--authorized", t.Authorized, "BACKBONE_AUTHORIZED")
-	isTCP := func(endpoint string) bool { return strings.HasPrefix(endpoint, "tcp://") }
 	switch {
 	case key == nil && file == "":
 		return nil, nil

@@ -316,13 +316,17 @@ func (t *requestTool) explain(client *Client, err error) error {
 // not answer.
 const lookUpPatience = time.Second
 
+// within returns a patience, or --timeout if that is shorter.
+func (t *requestTool) within(patience time.Duration) time.Duration {
+	if limit := t.timeout(); limit > 0 {
+		return min(patience, limit)
+	}
+	return patience
+}
+
 // lookUpService asks the broker whether anybody serves the name.
 func (t *requestTool) lookUpService(client *Client) (code string, err error) {
-	patience := lookUpPatience
-	if limit := t.timeout(); limit > 0 {
-		patience = min(patience, limit)
-	}
-	reply, err := client.Send(mmiService, framesOf([]string{t.Name}), patience)
+	reply, err := client.Send(mmiService, framesOf([]string{t.Name}), t.within(lookUpPatience))
 	return serviceCode(reply), err
 }
 
@@ -389,11 +393,7 @@ func (t *requestTool) list(brokers []brokerAddress) error {
 func (t *requestTool) tableOf(stop context.Context, broker brokerAddress) ([]byte, error) {
 	client := newClient(stop, []brokerAddress{broker})
 	defer client.Disconnect()
-	patience := 5 * time.Second
-	if limit := t.timeout(); limit > 0 {
-		patience = min(patience, limit)
-	}
-	reply, err := client.Send(mmiServices, emptyBody, patience)
+	reply, err := client.Send(mmiServices, emptyBody, t.within(5*time.Second))
 	switch {
 	case err != nil && !errors.Is(err, errTimeout):
 		return nil, err

@@ -43,8 +43,8 @@ const (
 	// farthest is the patience with a broker: over a long way, the verdict takes some round trips.
 	farthest = time.Second
 
-	// rest is how long a broker that stops, or whose name is unknown, is not tried again.
-	rest = time.Second
+	// restTime is how long a broker that stops, or whose name is unknown, is not tried again.
+	restTime = time.Second
 )
 
 func newSearch(addresses []brokerAddress) (s search) {
@@ -184,7 +184,7 @@ func (s *seeker) lookUp(k *candidate) {
 				k.fail(err)
 			}
 			if errors.Is(err, errLookUp) { // The name may be known later.
-				k.begun, k.rests = time.Time{}, time.Now().Add(rest)
+				k.begun, k.rests = time.Time{}, time.Now().Add(restTime)
 			}
 		}
 		s.wake()
@@ -314,7 +314,7 @@ func (c *Client) moveOn(l *lane, now time.Time) {
 		c.first = (c.first + 1) % len(c.brokers)
 	}
 	if l.stops || avoids {
-		c.resting[l.endpoint] = now.Add(rest)
+		c.resting[l.endpoint] = now.Add(restTime)
 	}
 	if avoids {
 		l.handOver(&c.freeLane().caller)

@@ -150,10 +150,10 @@ func TestRequestWaitsAtTheFirstBrokerIfNobodyServesAnywhere(t *testing.T) {
 
 func TestBrokerThatStopsIsNotTriedForAWhile(t *testing.T) {
 	f := &fakeSearch{t: t, clock: time.Unix(0, 0), search: newSearch([]brokerAddress{{endpoint: "a"}, {endpoint: "b"}})}
-	f.search[1].rests = f.clock.Add(rest)
+	f.search[1].rests = f.clock.Add(restTime)
 	f.pass(0)
 	f.refuses("a")
-	f.pass(rest - 1)
+	f.pass(restTime - 1)
 	f.expect("a", "")
 	if due := f.deadline(f.clock); !due.Equal(f.search[1].rests) {
 		t.Errorf("the deadline is %v, want %v", due, f.search[1].rests)
@@ -478,7 +478,7 @@ func TestBrokerThatStopsIsAskedOnceASecond(t *testing.T) {
 	var refused time.Time
 	for range 3 {
 		broker.tells("s", "200")
-		if took := time.Since(refused); took < rest {
+		if took := time.Since(refused); took < restTime {
 			t.Errorf("the broker was asked again after %v", took)
 		}
 		message := broker.recv()

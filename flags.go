@@ -60,6 +60,10 @@ func (f *commonFlags) endpoints() ([]string, error) {
 	return endpoints, nil
 }
 
+// isTCP tells whether an endpoint is one where keys may be used. At the others, those of ipc, the permissions
+// of the socket say who may connect.
+func isTCP(endpoint string) bool { return strings.HasPrefix(endpoint, "tcp://") }
+
 // isEndpoint tells whether text has endpointForm, as far as that can be told before it is used.
 func isEndpoint(text string) bool {
 	if hostPort, ok := strings.CutPrefix(text, "tcp://"); ok {
@@ -136,7 +140,6 @@ func (f *clientFlags) addresses() (addresses []brokerAddress, err error) {
 	if err != nil {
 		return nil, err
 	}
-	isTCP := func(endpoint string) bool { return strings.HasPrefix(endpoint, "tcp://") }
 	if (f.Key != "" || f.BrokerKey != "") && !slices.ContainsFunc(endpoints, isTCP) {
 		return nil, misuse("the permissions of the socket say who may connect", "an ipc endpoint takes no keys: %s", endpoints[0])
 	}

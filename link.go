@@ -144,11 +144,11 @@ func (l *link) update() error {
 
 // refusal returns what a failed handshake reveals about the keys, or nil.
 func (l *link) refusal(event zmq.Event, value int) *failure {
-	keys, brokers := l.address.keys, "" // the mechanism of the broker, as far as it is known
+	keys, mechanism := l.address.keys, "" // of the broker, as far as it is known
 	mismatch := event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL && value == noCommonMechanism
 	if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL && l.failed >= maxFailed && l.mayProbe {
 		l.failed, l.mayProbe = 0, false // Meanwhile, more handshakes may fail.
-		brokers = l.probe()
+		mechanism = l.probe()
 	}
 	forbidden := event == zmq.EVENT_HANDSHAKE_FAILED_AUTH && value == 400
 	switch {
@@ -158,11 +158,11 @@ func (l *link) refusal(event zmq.Event, value int) *failure {
 		return errKnownKeyWanted
 	case forbidden:
 		return unknownKey(keys.own)
-	case keys == nil && (mismatch || brokers == "CURVE"):
+	case keys == nil && (mismatch || mechanism == "CURVE"):
 		return errKeyWanted
-	case keys != nil && (mismatch || brokers == "NULL"):
+	case keys != nil && (mismatch || mechanism == "NULL"):
 		return errNoKeyWanted
-	case keys != nil && brokers == "CURVE" && l.suspicions == maxSuspicions:
+	case keys != nil && mechanism == "CURVE" && l.suspicions == maxSuspicions:
 		return errOtherBroker
 	}
 	return nil
@@ -241,10 +241,10 @@ func (l *link) received() uint64 { return bytesReceived(l.source) }
 // lookUp replaces the name of a host in an endpoint by its address. ZeroMQ would look it up by
 // means of glibc, which a static binary lacks, and would not report a name that does not exist.
 func lookUp(ctx context.Context, endpoint string) (string, error) {
-	hostPort, isTCP := strings.CutPrefix(endpoint, "tcp://")
+	hostPort, ok := strings.CutPrefix(endpoint, "tcp://")
 	host, port, err := net.SplitHostPort(hostPort)
 	// ZeroMQ judges endpoints that are malformed or have a source address.
-	if !isTCP || err != nil || net.ParseIP(host) != nil || strings.ContainsAny(host, ";*%") {
+	if !ok || err != nil || net.ParseIP(host) != nil || strings.ContainsAny(host, ";*%") {
 		return endpoint, nil
 	}
 	addresses, err := net.DefaultResolver.LookupIPAddr(ctx, host)
