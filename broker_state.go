@@ -191,11 +191,11 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 	}
 	m, err := Parse(frames[1:])
 	switch {
-	case err == nil && m.Kind != KindClient && len(m.Address) > 0:
+	case err == nil && !m.Dialect.ofClient() && len(m.Address) > 0:
 		err = fmt.Errorf("%v: a worker has no address other than its identity", m.Kind)
 	case err == nil && len(m.Address) >= maxAddress:
 		err = fmt.Errorf("an address of more than %d frames", maxAddress)
-	case err == nil && m.Kind != KindClient && len(frames) > maxFrames:
+	case err == nil && !m.Dialect.ofClient() && len(frames) > maxFrames:
 		err = fmt.Errorf("%v: more than %d frames", m.Kind, maxFrames)
 	}
 	w := b.workers[string(peer)]
@@ -219,7 +219,7 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 		b.log.Debug("message", "peer", logged(string(peer)), "kind", m.Kind, "service", logged(string(m.Service)), "frames", len(m.Body))
 	}
 	switch {
-	case m.Kind == KindClient:
+	case m.Dialect.ofClient():
 		c := b.client(peer, from.user)
 		c.goneSince = time.Time{}
 		if gone {
@@ -695,7 +695,7 @@ func (b *Broker) reply(c *brokerClient, address [][]byte, service []byte, body [
 			return errNotReading
 		}
 	}
-	err := b.sendTo(address, c.queue, Message{Kind: KindClient, Service: service, Body: body})
+	err := b.sendTo(address, c.queue, Message{Dialect: client01, Kind: KindReply, Service: service, Body: body})
 	if err != nil && err != errWouldBlock && c.goneSince.IsZero() {
 		c.goneSince = b.now
 	}

@@ -941,7 +941,7 @@ func TestBadMessagesAreLoggedOnceForEachPeerAndChangeNothing(t *testing.T) {
 	r.Receive(nil, sender{source: -1}, r.clock)
 	r.expect()
 	r.expectLog(1, "bad message", "peer=stranger")
-	r.expectLog(1, "bad message", "peer=other", "no MDPC01 or MDPW01")
+	r.expectLog(1, "bad message", "peer=other", "no frame MDPC01")
 	r.expectLog(1, "bad message", "peer=proxy", "no address other than its identity")
 	r.expectLog(3, "")
 	if len(r.services) != 0 || len(r.workers) != 0 {
@@ -1242,7 +1242,7 @@ func BenchmarkDispatch(b *testing.B) {
 			flags := testFlags
 			flags.MaxQueue, flags.MaxMemory = 1<<30, 1<<40
 			broker := NewBroker(flags, now, discard(func(frames [][]byte) error {
-				if len(frames) > 5 && string(frames[2]) == workerProtocol {
+				if len(frames) > 5 && string(frames[2]) == "MDPW01" {
 					worker, token = frames[0], frames[4]
 				}
 				return nil

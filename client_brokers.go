@@ -226,7 +226,7 @@ func (s *seeker) follow(k *candidate) error {
 		k.decide(true)
 	case k.link.connected && !k.asked:
 		k.asked = true
-		k.link.send(Message{Kind: KindClient, Service: []byte(mmiService), Body: framesOf([]string{s.service})}.Frames())
+		k.link.send(Message{Dialect: client01, Kind: KindRequest, Service: []byte(mmiService), Body: framesOf([]string{s.service})}.Frames())
 	}
 	for k.asked {
 		frames, err := k.link.receive()

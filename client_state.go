@@ -209,7 +209,7 @@ func (c *call) release() {
 }
 
 func (r *caller) send(service string, body [][]byte, correlation string) error {
-	m := Message{Kind: KindClient, Service: []byte(service), Body: body}
+	m := Message{Dialect: client01, Kind: KindRequest, Service: []byte(service), Body: body}
 	if correlation != "" {
 		m.Address = [][]byte{[]byte(correlation)}
 	}
@@ -236,7 +236,7 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 	}
 	switch {
 	case err != nil:
-	case m.Kind != KindClient:
+	case m.Dialect != client01:
 		err = fmt.Errorf("an unexpected %v", m.Kind)
 	case !r.correlated:
 	case len(m.Address) == 1:

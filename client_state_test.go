@@ -601,8 +601,8 @@ func TestBadRepliesEndTheCallsInFlight(t *testing.T) {
 		want       []string
 	}{
 		{"nothing of MDP", true, []string{"hello"}, []string{
-			"a: bad reply from tcp://broker: no MDPC01 or MDPW01 frame after an empty frame",
-			"b: bad reply from tcp://broker: no MDPC01 or MDPW01 frame after an empty frame"}},
+			"a: bad reply from tcp://broker: no frame MDPC01, MDPW01, MDPC02 or MDPW02 behind the address",
+			"b: bad reply from tcp://broker: no frame MDPC01, MDPW01, MDPC02 or MDPW02 behind the address"}},
 		{"a worker's message", true, []string{"1.1", "", "MDPW01", "\x02", "A", ""}, []string{
 			"a: bad reply from tcp://broker: an unexpected REQUEST",
 			"b: bad reply from tcp://broker: an unexpected REQUEST"}},

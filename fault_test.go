@@ -77,7 +77,7 @@ func TestBusyWorkerThatIsStoppedFailsItsClientAndComesBackWhenItGoesOn(t *testin
 	victim := s.startShellService("hang", hang)
 	request := s.start("brequest", "hang", "once")
 	s.waitForRuns(1)
-	s.broker.waitForLines(1, "kind=MDPC01 service=hang")
+	s.broker.waitForLines(1, "kind=REQUEST service=hang")
 	s.broker.waitForLines(5, "kind=HEARTBEAT") // while busy; from now on the broker expects them
 	victim.signal(syscall.SIGSTOP)
 	if got := request.waitForExit(); got != 69 {
@@ -508,13 +508,13 @@ func TestHostilePeersNeitherStopNorFillTheBroker(t *testing.T) {
 		why    string // the reason in the log; empty if none is logged
 		frames []string
 	}{
-		{"no MDPC01 or MDPW01", []string{""}},
-		{"no MDPC01 or MDPW01", []string{"one frame"}},
+		{"no frame MDPC01", []string{""}},
+		{"no frame MDPC01", []string{"one frame"}},
 		{"no service name", []string{"", "MDPC01"}},
 		{"no service name", []string{"", "MDPC01", "", "x"}},
-		{"no MDPC01 or MDPW01", []string{"", "MDPC02", "echo", "x"}},
-		{"no MDPC01 or MDPW01", []string{"", "MDPW02", "\x01", "echo"}},
-		{"no MDPC01 or MDPW01", append([]string{"x"}, slices.Repeat([]string{"x"}, 300)...)},
+		{"no one-byte command after MDPC02", []string{"", "MDPC02", "echo", "x"}},
+		{"no frame MDPC01", []string{"", "MDPW03", "\x01", "echo"}},
+		{"no frame MDPC01", append([]string{"x"}, slices.Repeat([]string{"x"}, 300)...)},
 		{"no one-byte command", []string{"", "MDPW01", "echo", "x"}},
 		{"no service name", []string{"", "MDPW01", "\x01"}},
 		{"unknown command", []string{"", "MDPW01", "\x06"}},

@@ -9,61 +9,116 @@ import (
 	"strings"
 )
 
-// The protocol: MDP/0.1 (RFC 7), with the address stacks of Dispatchr Backbone.
+// The protocol: MDP/0.1 (RFC 7), with the address stacks of Dispatchr Backbone, and MDP/0.2 (RFC 18), which
+// adds partial replies. Every element is one frame, and a frame is any bytes.
 //
-//	message    = address '' ( client / worker )
-//	address    = *frame                             ; none of them empty
-//	client     = 'MDPC01' service *body             ; a request, or the reply to it
-//	worker     = 'MDPW01' ( ready / request / reply / heartbeat / disconnect )
-//	ready      = %x01 service                       ; worker -> broker
-//	request    = %x02 address '' *body              ; broker -> worker
-//	reply      = %x03 address '' *body              ; worker -> broker
-//	heartbeat  = %x04                               ; both ways
-//	disconnect = %x05 [ ( '75' / '77' ) reason ]    ; both ways
+//	MDP/0.1 = address '' ( 'MDPC01' call / 'MDPW01' command )
+//	MDP/0.2 = address    ( 'MDPC02' command / 'MDPW02' command )     ; '' before the name is accepted
+//	address = *frame                                                 ; none of them empty
 //
-// With 77, bbroker tells bservice what it may not do. With 75, bservice gives its request back to bbroker,
-// because the commands of other brokers take all of its jobs. It stays registered, with heartbeats both ways,
-// but gets no request until it sends READY again. bbroker answers that with a request, or else a heartbeat.
+//	                MDPC01   MDPC02   MDPW01   MDPW02   followed by
+//	READY                             %x01     %x01     service [ 'cancel' ]     worker -> broker
+//	REQUEST         none     %x01                       service *body            client -> broker
+//	                                  %x02     %x02     client '' *body          broker -> worker
+//	PARTIAL                  %x02                       service *body            broker -> client
+//	                                           %x03     client '' *body          worker -> broker
+//	REPLY (FINAL)   none     %x03                       service *body            broker -> client
+//	                                  %x03     %x04     client '' *body          worker -> broker
+//	HEARTBEAT                         %x04     %x05                              both ways
+//	DISCONNECT                        %x05     %x06     [ status reason ]        both ways
+//	CREDIT                                     %x07     client '' number         broker -> worker
 //
-// Every element is one frame, and a frame is any bytes. A ROUTER puts the identity of the peer at
-// the head of the address of a message that it receives, and takes it off one that it sends; at a
-// DEALER the address is usually empty.
+// A ROUTER puts the identity of the peer at the head of the address of a message that it receives, and
+// takes it off one that it sends; at a DEALER the address is usually empty. client is the address that the
+// broker gave the worker with the request.
+//
+// What is ours is between bbroker, bservice and brequest, and those that show that they know it:
+//
+//   - DISCONNECT with 77: bbroker tells bservice what it may not do. With 75, bservice gives its request back
+//     to bbroker, because the commands of other brokers take all of its jobs. It stays registered, with
+//     heartbeats both ways, but gets no request until it sends READY again. bbroker answers that with a
+//     request, or else a heartbeat.
+//   - 'cancel' after READY: when nobody awaits the reply to the worker's request any more, it gets DISCONNECT,
+//     and ends the command. So does one that sends a stream.
+//   - CREDIT, and mmi.credit from the client: how many more PARTIALs a stream may have on their way.
+//   - The token of a request, which bbroker sends in place of the client's address: see nextToken.
+
+// A Dialect is how a peer spells messages. The zero value is that of a worker of MDP/0.1.
+type Dialect uint8
+
 const (
-	clientProtocol = "MDPC01"
-	workerProtocol = "MDPW01"
+	worker01 Dialect = iota
+	client01
+	worker02
+	client02
+	worker02Delimited // with an empty frame before the name, as in MDP/0.1
+	client02Delimited
 )
 
-// Kind says what a message is. That of a worker's message is its command byte (RFC 7,
-// "MDP/Worker"); a client's message has none.
-type Kind int16
+// Kind says what a message is.
+type Kind uint8
 
 const (
-	KindClient     Kind = -1
-	KindReady      Kind = 0x01
-	KindRequest    Kind = 0x02
-	KindReply      Kind = 0x03
-	KindHeartbeat  Kind = 0x04
-	KindDisconnect Kind = 0x05
+	KindReady Kind = iota + 1
+	KindRequest
+	KindPartial
+	KindReply // the last one, which MDP/0.2 calls FINAL
+	KindHeartbeat
+	KindDisconnect
+	KindCredit
 )
 
-var commandNames = [...]string{KindReady: "READY", KindRequest: "REQUEST", KindReply: "REPLY", KindHeartbeat: "HEARTBEAT", KindDisconnect: "DISCONNECT"}
+var kindNames = [...]string{KindReady: "READY", KindRequest: "REQUEST", KindPartial: "PARTIAL", KindReply: "REPLY",
+	KindHeartbeat: "HEARTBEAT", KindDisconnect: "DISCONNECT", KindCredit: "CREDIT"}
 
-func (k Kind) String() string {
-	switch {
-	case k == KindClient:
-		return clientProtocol
-	case k > 0 && int(k) < len(commandNames):
-		return commandNames[k]
-	}
-	return fmt.Sprintf("command 0x%02x", int16(k))
+func (k Kind) String() string { return kindNames[k] }
+
+// The kinds of messages by their command byte.
+var (
+	workerCommands01 = []Kind{1: KindReady, KindRequest, KindReply, KindHeartbeat, KindDisconnect}
+	workerCommands02 = []Kind{1: KindReady, KindRequest, KindPartial, KindReply, KindHeartbeat, KindDisconnect, KindCredit}
+	clientCommands02 = []Kind{1: KindRequest, KindPartial, KindReply}
+)
+
+// dialects has the grammar of each dialect.
+var dialects = [...]struct {
+	name      []byte // of the protocol, as a frame
+	delimited bool   // an empty frame stands before it
+	ofClient  bool
+	commands  []Kind // nil if messages have no command byte
+}{
+	worker01:          {[]byte("MDPW01"), true, false, workerCommands01},
+	client01:          {[]byte("MDPC01"), true, true, nil},
+	worker02:          {[]byte("MDPW02"), false, false, workerCommands02},
+	client02:          {[]byte("MDPC02"), false, true, clientCommands02},
+	worker02Delimited: {[]byte("MDPW02"), true, false, workerCommands02},
+	client02Delimited: {[]byte("MDPC02"), true, true, clientCommands02},
 }
 
-// Message is a parsed MDP message. Besides Address and Kind,
+// ofClient tells whether messages are from or for a client, rather than a worker.
+func (d Dialect) ofClient() bool { return dialects[d].ofClient }
+
+// hasPartials tells whether a peer knows partial replies.
+func (d Dialect) hasPartials() bool { return d >= worker02 }
+
+// dialectOf returns the dialect with a name.
+func dialectOf(name []byte, delimited bool) (d Dialect, ok bool) {
+	for d, grammar := range dialects {
+		if grammar.delimited == delimited && string(grammar.name) == string(name) {
+			return Dialect(d), true
+		}
+	}
+	return 0, false
+}
+
+// Message is a parsed MDP message. Besides Dialect, Address and Kind,
 //
-//	a client's message has   Service, Body
-//	READY has                Service
-//	REQUEST and REPLY have   Client, Body
+//	a client's message has                       Service, Body
+//	READY has                                    Service, Body
+//	REQUEST, PARTIAL, REPLY and CREDIT have      Client, Body
+//	DISCONNECT has                               Body
 type Message struct {
+	Dialect Dialect
 	Address [][]byte // of the peer that it is from or for
 	Kind    Kind
 	Service []byte
@@ -72,8 +127,8 @@ type Message struct {
 }
 
 var (
-	errNoProtocol = errors.New("no MDPC01 or MDPW01 frame after an empty frame")
-	errNoCommand  = errors.New("no one-byte command after MDPW01")
+	errNoProtocol = errors.New("no frame MDPC01, MDPW01, MDPC02 or MDPW02 behind the address")
+	errNoCommand  = errors.New("no one-byte command")
 	errNoService  = errors.New("no service name")
 	errLongName   = fmt.Errorf("a service name of more than %d bytes", maxName)
 	errNoClient   = errors.New("no empty frame after the client's address")
@@ -85,60 +140,83 @@ const (
 	notAllowed = "77"
 )
 
+// cancels follows the service in the READY of a worker that ends its command if nobody awaits the reply.
+const cancels = "cancel"
+
 const (
 	maxName     = 255 // bytes of a service's name
 	maxIdentity = 255 // bytes of a peer's identity (RFC 23), which ZeroMQ does not check
 )
 
 // Parse parses the frames of a message without copying them. An error says what is wrong with the
-// frames, in words for a log.
+// frames, in words for a log. A client's message of MDP/0.1 does not tell whether it is a request or a
+// reply: it is parsed as a request.
 //
-// Two deviations of real peers are accepted because their meaning is clear: no empty frame before
-// the protocol (the DISCONNECT of Dispatchr Backbone's broker), and frames after a command that
-// takes none (the DISCONNECT of its Node.js service).
+// Three deviations of real peers are accepted because their meaning is clear: no empty frame before the
+// name of MDP/0.1 (the DISCONNECT of Dispatchr Backbone's broker), one before that of MDP/0.2 (a REQ
+// socket), and frames after a command that takes none (the DISCONNECT of its Node.js service).
 func Parse(frames [][]byte) (Message, error) {
-	address, rest, _ := cutAtEmpty(frames)
-	if len(rest) == 0 || !isProtocol(rest[0]) {
-		i := slices.IndexFunc(address, isProtocol)
-		if i < 0 {
-			return Message{}, errNoProtocol
-		}
-		address, rest = frames[:i], frames[i:]
+	dialect, address, rest, ok := cutAtProtocol(frames)
+	if !ok {
+		return Message{}, errNoProtocol
 	}
-
-	m := Message{Address: address, Kind: KindClient}
-	protocol, rest := rest[0], rest[1:]
-	if string(protocol) == workerProtocol {
+	m := Message{Dialect: dialect, Address: address, Kind: KindRequest}
+	if commands := dialects[dialect].commands; commands != nil {
 		if len(rest) == 0 || len(rest[0]) != 1 {
-			return m, errNoCommand
+			return m, fmt.Errorf("%w after %s", errNoCommand, dialects[dialect].name)
 		}
-		m.Kind, rest = Kind(rest[0][0]), rest[1:]
+		command := int(rest[0][0])
+		if command == 0 || command >= len(commands) {
+			return m, fmt.Errorf("unknown command 0x%02x of %s", command, dialects[dialect].name)
+		}
+		m.Kind, rest = commands[command], rest[1:]
 	}
 
-	switch m.Kind {
-	case KindClient, KindReady:
+	switch {
+	case dialect.ofClient(), m.Kind == KindReady:
 		if len(rest) == 0 || len(rest[0]) == 0 {
 			return m, fmt.Errorf("%v: %w", m.Kind, errNoService)
 		}
 		if len(rest[0]) > maxName {
 			return m, fmt.Errorf("%v: %w", m.Kind, errLongName)
 		}
-		m.Service = rest[0]
-		if m.Kind == KindClient {
-			m.Body = rest[1:]
-		}
-	case KindRequest, KindReply:
-		var ok bool
+		m.Service, m.Body = rest[0], rest[1:]
+	case m.Kind == KindHeartbeat:
+	case m.Kind == KindDisconnect:
+		m.Body = rest
+	default:
 		if m.Client, m.Body, ok = cutAtEmpty(rest); !ok { // m.Client is all that follows then
 			return m, fmt.Errorf("%v: %w", m.Kind, errNoClient)
 		}
-	case KindDisconnect:
-		m.Body = rest
-	case KindHeartbeat:
-	default:
-		return m, fmt.Errorf("unknown %v", m.Kind)
 	}
 	return m, nil
+}
+
+// cutAtProtocol splits a message around the name of its protocol. The address ends before the first empty
+// frame, or before a name of MDP/0.2.
+func cutAtProtocol(frames [][]byte) (d Dialect, address, rest [][]byte, ok bool) {
+	for i, frame := range frames {
+		if len(frame) == 0 {
+			if i+1 < len(frames) {
+				if d, ok = dialectOf(frames[i+1], true); ok {
+					return d, frames[:i], frames[i+2:], true
+				}
+			}
+			break
+		}
+		if d, ok = dialectOf(frame, false); ok {
+			return d, frames[:i], frames[i+1:], true
+		}
+	}
+	for i, frame := range frames { // without the empty frame
+		if d, ok = dialectOf(frame, true); ok {
+			return d, frames[:i], frames[i+1:], true
+		}
+		if len(frame) == 0 {
+			break
+		}
+	}
+	return 0, nil, nil, false
 }
 
 // because returns the reason of a DISCONNECT with a status. Peers of others may send frames that mean nothing.
@@ -149,27 +227,26 @@ func (m Message) because(status string) (reason string, ok bool) {
 	return string(m.Body[1]), true
 }
 
-// Frames that messages share. They must not be written to.
-var (
-	clientFrame   = []byte(clientProtocol)
-	workerFrame   = []byte(workerProtocol)
-	commandFrames = []byte{0, byte(KindReady), byte(KindRequest), byte(KindReply), byte(KindHeartbeat), byte(KindDisconnect)}
-)
+// commandBytes has a frame for each command byte. They are shared, and must not be written to.
+var commandBytes = []byte{0, 1, 2, 3, 4, 5, 6, 7}
 
 // Frames returns the frames of the message. It is the inverse of Parse.
 func (m Message) Frames() [][]byte {
+	grammar := &dialects[m.Dialect]
 	frames := make([][]byte, 0, len(m.Address)+len(m.Client)+len(m.Body)+4)
 	frames = append(frames, m.Address...)
-	frames = append(frames, nil)
-	if m.Kind == KindClient {
-		frames = append(frames, clientFrame)
-	} else {
-		frames = append(frames, workerFrame, commandFrames[m.Kind:m.Kind+1])
+	if grammar.delimited {
+		frames = append(frames, nil)
 	}
-	switch m.Kind {
-	case KindClient, KindReady:
+	frames = append(frames, grammar.name)
+	if grammar.commands != nil {
+		command := slices.Index(grammar.commands, m.Kind)
+		frames = append(frames, commandBytes[command:command+1])
+	}
+	switch {
+	case grammar.ofClient, m.Kind == KindReady:
 		frames = append(frames, m.Service)
-	case KindRequest, KindReply:
+	case m.Kind != KindHeartbeat && m.Kind != KindDisconnect:
 		frames = append(frames, m.Client...)
 		frames = append(frames, nil)
 	}
@@ -185,17 +262,14 @@ func cutAtEmpty(frames [][]byte) (before, after [][]byte, ok bool) {
 	return frames[:i], frames[i+1:], true
 }
 
-func isProtocol(frame []byte) bool {
-	return string(frame) == clientProtocol || string(frame) == workerProtocol
-}
-
 // The services of the broker itself (RFC 8, MMI). Names with this prefix are reserved.
 const (
 	mmiPrefix   = "mmi."
 	mmiService  = "mmi.service"  // body: a service name; reply: found or not found
 	mmiServices = "mmi.services" // reply: a table of the services, which begins with servicesHeader
 	mmiMetrics  = "mmi.metrics"  // reply: Prometheus' text format
-	mmiCancel   = "mmi.cancel"   // drops the waiting requests of the client; reply: found or not found
+	mmiCancel   = "mmi.cancel"   // gives up requests of the client, as far as they can be; reply: found or not found
+	mmiCredit   = "mmi.credit"   // body: how many more PARTIALs the client takes; reply: found or not found
 
 	mmiFound          = "200"
 	mmiBadRequest     = "400"

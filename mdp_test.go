@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// wellFormed lists the messages of RFC 7, some with an address stack. Parse must accept the frames,
+// wellFormed lists the messages of RFC 7 and of RFC 18, some with an address stack. Parse must accept the frames,
 // and Frames must return them.
 var wellFormed = []struct {
 	name    string
@@ -16,17 +16,17 @@ var wellFormed = []struct {
 	message Message
 }{
 	{"request", frames("", "MDPC01", "echo", "hello"),
-		Message{Kind: KindClient, Service: []byte("echo"), Body: frames("hello")}},
+		Message{Dialect: client01, Kind: KindRequest, Service: []byte("echo"), Body: frames("hello")}},
 	{"request without body", frames("", "MDPC01", "ls"),
-		Message{Kind: KindClient, Service: []byte("ls")}},
+		Message{Dialect: client01, Kind: KindRequest, Service: []byte("ls")}},
 	{"request with empty frames", frames("", "MDPC01", "echo", "", ""),
-		Message{Kind: KindClient, Service: []byte("echo"), Body: frames("", "")}},
+		Message{Dialect: client01, Kind: KindRequest, Service: []byte("echo"), Body: frames("", "")}},
 	{"request of any bytes", frames("", "MDPC01", "\x00\xff", "\x00\n\xfe", "MDPW01"),
-		Message{Kind: KindClient, Service: []byte("\x00\xff"), Body: frames("\x00\n\xfe", "MDPW01")}},
+		Message{Dialect: client01, Kind: KindRequest, Service: []byte("\x00\xff"), Body: frames("\x00\n\xfe", "MDPW01")}},
 	{"request with an address stack", frames("\x00abcd", "7", "", "MDPC01", "echo", "hello"),
-		Message{Address: frames("\x00abcd", "7"), Kind: KindClient, Service: []byte("echo"), Body: frames("hello")}},
+		Message{Address: frames("\x00abcd", "7"), Dialect: client01, Kind: KindRequest, Service: []byte("echo"), Body: frames("hello")}},
 	{"address like a protocol", frames("MDPW01", "", "MDPC01", "echo"),
-		Message{Address: frames("MDPW01"), Kind: KindClient, Service: []byte("echo")}},
+		Message{Address: frames("MDPW01"), Dialect: client01, Kind: KindRequest, Service: []byte("echo")}},
 	{"ready", frames("", "MDPW01", "\x01", "echo"),
 		Message{Kind: KindReady, Service: []byte("echo")}},
 	{"request to a worker", frames("", "MDPW01", "\x02", "A", "", "hello"),
@@ -39,6 +39,33 @@ var wellFormed = []struct {
 		Message{Kind: KindReply, Client: frames("A"), Body: frames("one", "two")}},
 	{"heartbeat", frames("", "MDPW01", "\x04"), Message{Kind: KindHeartbeat}},
 	{"disconnect", frames("", "MDPW01", "\x05"), Message{Kind: KindDisconnect}},
+	{"ready of a worker that can be cancelled", frames("", "MDPW01", "\x01", "echo", "cancel"),
+		Message{Kind: KindReady, Service: []byte("echo"), Body: frames("cancel")}},
+
+	{"0.2 request", frames("MDPC02", "\x01", "echo", "hello"),
+		Message{Dialect: client02, Kind: KindRequest, Service: []byte("echo"), Body: frames("hello")}},
+	{"0.2 request of a REQ socket", frames("", "MDPC02", "\x01", "echo"),
+		Message{Dialect: client02Delimited, Kind: KindRequest, Service: []byte("echo")}},
+	{"0.2 request with an address stack", frames("\x00abcd", "7", "MDPC02", "\x01", "echo", "", "MDPC01", "x"),
+		Message{Dialect: client02, Address: frames("\x00abcd", "7"), Kind: KindRequest, Service: []byte("echo"), Body: frames("", "MDPC01", "x")}},
+	{"0.2 partial", frames("MDPC02", "\x02", "echo", "one"),
+		Message{Dialect: client02, Kind: KindPartial, Service: []byte("echo"), Body: frames("one")}},
+	{"0.2 final", frames("MDPC02", "\x03", "echo"),
+		Message{Dialect: client02, Kind: KindReply, Service: []byte("echo")}},
+	{"0.2 ready", frames("MDPW02", "\x01", "echo"),
+		Message{Dialect: worker02, Kind: KindReady, Service: []byte("echo")}},
+	{"0.2 ready behind an empty frame", frames("", "MDPW02", "\x01", "echo"),
+		Message{Dialect: worker02Delimited, Kind: KindReady, Service: []byte("echo")}},
+	{"0.2 request to a worker", frames("MDPW02", "\x02", "A", "", "hello"),
+		Message{Dialect: worker02, Kind: KindRequest, Client: frames("A"), Body: frames("hello")}},
+	{"0.2 partial of a worker", frames("MDPW02", "\x03", "A", "", "one"),
+		Message{Dialect: worker02, Kind: KindPartial, Client: frames("A"), Body: frames("one")}},
+	{"0.2 final of a worker", frames("MDPW02", "\x04", "A", ""),
+		Message{Dialect: worker02, Kind: KindReply, Client: frames("A")}},
+	{"0.2 heartbeat", frames("MDPW02", "\x05"), Message{Dialect: worker02, Kind: KindHeartbeat}},
+	{"0.2 disconnect", frames("MDPW02", "\x06"), Message{Dialect: worker02, Kind: KindDisconnect}},
+	{"credit", frames("", "MDPW02", "\x07", "A", "", "8"),
+		Message{Dialect: worker02Delimited, Kind: KindCredit, Client: frames("A"), Body: frames("8")}},
 }
 
 func TestEveryMessageOfTheProtocolIsParsedAndFormatted(t *testing.T) {
@@ -67,7 +94,7 @@ func TestKnownMistakesOfRealPeersAreAccepted(t *testing.T) {
 		{"DISCONNECT of Dispatchr Backbone's broker", frames("MDPW01", "\x05"), Message{Kind: KindDisconnect}},
 		{"DISCONNECT of its Node.js service", frames("", "MDPW01", "\x05", "echo"), Message{Kind: KindDisconnect, Body: frames("echo")}},
 		{"an extra frame after READY", frames("", "MDPW01", "\x01", "echo", "1.0"),
-			Message{Kind: KindReady, Service: []byte("echo")}},
+			Message{Kind: KindReady, Service: []byte("echo"), Body: frames("1.0")}},
 		{"an extra frame after HEARTBEAT", frames("", "MDPW01", "\x04", ""), Message{Kind: KindHeartbeat}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -88,11 +115,16 @@ func TestMalformedMessagesAreRefusedWithAReason(t *testing.T) {
 		frames [][]byte
 		reason string
 	}{
-		{"no frames", nil, "no MDPC01 or MDPW01"},
-		{"an empty frame", frames(""), "no MDPC01 or MDPW01"},
-		{"one frame", frames("hello"), "no MDPC01 or MDPW01"},
-		{"wrong version", frames("", "MDPC02", "echo", "x"), "no MDPC01 or MDPW01"},
-		{"protocol after two empty frames", frames("", "", "MDPC01", "echo"), "no MDPC01 or MDPW01"},
+		{"no frames", nil, "no frame MDPC01"},
+		{"an empty frame", frames(""), "no frame MDPC01"},
+		{"one frame", frames("hello"), "no frame MDPC01"},
+		{"wrong version", frames("", "MDPC03", "echo", "x"), "no frame MDPC01"},
+		{"0.2 request without a command", frames("MDPC02", "echo", "x"), "no one-byte command after MDPC02"},
+		{"0.2 request without service", frames("MDPC02", "\x01"), "no service name"},
+		{"0.2 command 4 of a client", frames("MDPC02", "\x04", "echo"), "unknown command 0x04 of MDPC02"},
+		{"0.2 command 8 of a worker", frames("MDPW02", "\x08"), "unknown command 0x08 of MDPW02"},
+		{"PARTIAL without address", frames("MDPW02", "\x03"), "no empty frame"},
+		{"protocol after two empty frames", frames("", "", "MDPC01", "echo"), "no frame MDPC01"},
 		{"no service", frames("", "MDPC01"), "no service name"},
 		{"empty service", frames("", "MDPC01", "", "x"), "no service name"},
 		{"READY without service", frames("", "MDPW01", "\x01"), "no service name"},
@@ -188,6 +220,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(bytes.Join(test.frames, []byte("\n")))
 	}
 	f.Add([]byte("MDPW01\n\x05"))
+	f.Add([]byte("A\nMDPW02\n\x03\nB\n\nMDPC01\nx"))
 	f.Add([]byte("A\nMDPW01\n\x03\nB\n\nMDPC01\nx"))
 	f.Fuzz(func(t *testing.T, joined []byte) {
 		message := bytes.Split(joined, []byte("\n"))
@@ -208,6 +241,6 @@ func FuzzParse(f *testing.F) {
 // sameMessage compares messages. A nil slice of frames equals an empty one.
 func sameMessage(a, b Message) bool {
 	same := func(a, b [][]byte) bool { return reflect.DeepEqual(spell(a), spell(b)) }
-	return a.Kind == b.Kind && string(a.Service) == string(b.Service) &&
+	return a.Dialect == b.Dialect && a.Kind == b.Kind && string(a.Service) == string(b.Service) &&
 		same(a.Address, b.Address) && same(a.Client, b.Client) && same(a.Body, b.Body)
 }

@@ -85,7 +85,7 @@ func (s *session) Receive(frames [][]byte) {
 	if err == nil && m.Kind == KindRequest && s.busy() {
 		err = errors.New("a REQUEST before the reply to the last one")
 	}
-	if err == nil && (m.Kind == KindClient || m.Kind == KindReady || m.Kind == KindReply) {
+	if err == nil && (m.Dialect.ofClient() || m.Kind == KindReady || m.Kind == KindReply) {
 		err = fmt.Errorf("an unexpected %v", m.Kind)
 	}
 	if err != nil {
