@@ -64,7 +64,8 @@ The broker itself answers these names:
   mmi.service NAME       200 if somebody serves NAME, 404 if nobody does
   mmi.services           a table of the services
   mmi.metrics            what happened so far, in Prometheus' text format
-  mmi.cancel             drops the requests of the same client that still wait
+  mmi.cancel             gives up the requests of the same client that wait, and streams
+  mmi.credit N           lets a stream of the client send N more parts
 
 Examples:
   $ bbroker &
@@ -306,14 +307,17 @@ func removeSockets(endpoints []string) {
 }
 
 // routerOutlet is the outlet of a broker that has a ROUTER.
-type routerOutlet struct{ *socket }
+type routerOutlet struct {
+	*socket
+	waker *queueWaker
+}
 
 func (r routerOutlet) send(frames [][]byte, queue peerQueue) error {
 	counted, _ := queue.(*sendQueue)
 	return r.sendCounted(frames, counted)
 }
 
-func (r routerOutlet) newQueue() peerQueue        { return newSendQueue() }
+func (r routerOutlet) newQueue() peerQueue        { return newSendQueue(r.waker) }
 func (r routerOutlet) queued() size               { return queuedForAll() }
 func (r routerOutlet) received(source int) uint64 { return bytesReceived(source) }
 
@@ -332,7 +336,10 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 	waiter := newPollWaiter()
 	defer context.AfterFunc(stop, waiter.Wake)()
 
-	broker := NewBroker(flags, time.Now(), routerOutlet{router}, log)
+	waker := newQueueWaker(waiter)
+	defer waker.close()
+
+	broker := NewBroker(flags, time.Now(), routerOutlet{router, waker}, log)
 	guard.setWake(waiter.Wake)
 	memory := newMemoryKeeper(flags.MaxMemory)
 	sockets := []*socket{router}
@@ -376,6 +383,9 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 		}
 		if err := waiter.Wait(deadline, sockets...); err != nil {
 			return err
+		}
+		if waker.woken() {
+			broker.ClientsHaveRead()
 		}
 		if router.monitored {
 			if err := reportConnections(router, broker); err != nil {

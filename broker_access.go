@@ -47,7 +47,7 @@ func (g *grant) mayCall(service string) bool {
 	switch {
 	case g == nil:
 		return false
-	case service == mmiService, service == mmiCancel, service == mmiServices:
+	case service == mmiService, service == mmiCancel, service == mmiCredit, service == mmiServices:
 		return len(g.call) > 0 || g.manage
 	case isManagement(service):
 		return g.manage
@@ -91,8 +91,8 @@ func (b *Broker) grantOf(user string) *grant {
 	return b.access.of(user)
 }
 
-// mayBegin tells whether a request that was taken may still be given to a worker.
-func (b *Broker) mayBegin(r *brokerRequest) bool {
+// mayGoOn tells whether the client of a request that was taken may still have it served.
+func (b *Broker) mayGoOn(r *brokerRequest) bool {
 	return !r.client.replaced && b.grantOf(r.client.user).mayCall(string(r.name))
 }
 
@@ -133,6 +133,12 @@ func (b *Broker) SetAccess(access *accessList) {
 			}
 		}
 	}
+	for _, w := range b.workers {
+		if r := w.request; r != nil && !r.ended && !b.mayGoOn(r) && (r.partials || w.cancels) {
+			b.giveUp(r, cancelledTotal, "its client may not call the service any more")
+			b.forbid(r, true)
+		}
+	}
 	b.forbidding = true
 	b.forbidWaiting(maxEnded)
 	clear(b.reports)
@@ -143,8 +149,8 @@ func (b *Broker) forbidWaiting(max int) {
 	forbidden := 0
 	for _, c := range b.clients {
 		mine := b.grantOf(c.user)
-		for _, r := range c.waiting.all(nil) {
-			if mine.mayCall(string(r.name)) {
+		for _, r := range c.recallable.all(nil) {
+			if r.inQueue == nil || mine.mayCall(string(r.name)) {
 				continue
 			}
 			if forbidden++; forbidden > max {

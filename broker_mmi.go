@@ -11,17 +11,22 @@ import (
 	"unicode/utf8"
 )
 
+// managed are the names that manage answers.
+var managed = []string{mmiService, mmiCancel, mmiCredit, mmiServices, mmiMetrics}
+
 // manage answers a request to the broker itself: RFC 8 and, beyond it, what mdp.go lists.
-func (b *Broker) manage(name string, client, body [][]byte, mine *grant) []byte {
+func (b *Broker) manage(name string, c *brokerClient, address, body [][]byte, mine *grant) []byte {
 	switch name {
 	case mmiService:
 		if len(body) != 1 {
 			return []byte(mmiBadRequest)
 		}
 		s, ok := b.services[string(body[0])]
-		return mmiCode(ok && s.workers > 0)
+		return mmiCode(ok && s.workers > 0 || slices.Contains(managed, string(body[0])))
 	case mmiCancel:
-		return mmiCode(b.cancel(client) > 0)
+		return mmiCode(b.cancel(c, address[1:]) > 0)
+	case mmiCredit:
+		return []byte(b.credit(c, address[1:], body))
 	case mmiServices:
 		if mine.manage {
 			mine = nil // All who see everything share a report.
@@ -109,7 +114,7 @@ var counters = [...]metric{
 	redeliveredTotal:    {"redelivered_total", "Requests of lost workers that another worker was given."},
 	refusedTotal:        {"refused_total", "Requests refused with status 75."},
 	expiredTotal:        {"expired_total", "Requests for which no worker came."},
-	cancelledTotal:      {"cancelled_total", "Requests that their client gave up before they began."},
+	cancelledTotal:      {"cancelled_total", "Requests that their client gave up, before they began or while they ran."},
 	abandonedTotal:      {"abandoned_total", "Requests that were dropped because their client was gone."},
 	poisonedTotal:       {"poisoned_total", "Requests that failed because workers returned them again and again."},
 	droppedRepliesTotal: {"dropped_replies_total", "Replies whose client was gone or did not read."},

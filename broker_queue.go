@@ -2,12 +2,16 @@ package main
 
 import (
 	"container/list"
+	"log/slog"
+	"slices"
 	"time"
 )
 
 // A peerQueue is what ZeroMQ holds for one peer, which has not read it yet.
 type peerQueue interface {
 	size() size
+	// notify lets ClientsHaveRead be called, once, when the queue is down to low bytes or less.
+	notify(low size)
 	close()
 }
 
@@ -18,14 +22,15 @@ type brokerClient struct {
 	user       string // as in sender
 	replaced   bool   // another user has the identity now
 	queue      peerQueue
-	unfinished int         // requests
-	held       size        // of these requests
-	waiting    addressNode // those of them that wait
-	goneSince  time.Time   // when its connection broke; zero while it is there
+	unfinished int              // requests
+	held       size             // of these requests
+	recallable addressNode      // those of them that wait, or run and can be ended
+	owed       []*brokerRequest // that broke, and whose end the client has not read enough to take
+	goneSince  time.Time        // when its connection broke; zero while it is there
 }
 
-// An addressNode holds the waiting requests of a client whose address begins with the same frames,
-// so that mmi.cancel finds them by a part of their address.
+// An addressNode holds the requests of a client that can be recalled and whose address begins with the same
+// frames, so that mmi.cancel finds them by a part of their address.
 type addressNode struct {
 	parent   *addressNode
 	frame    string // that distinguishes it from its siblings
@@ -50,6 +55,16 @@ func (n *addressNode) child(frame []byte) *addressNode {
 		n.children[c.frame] = c
 	}
 	return c
+}
+
+// find returns the node of an address without its identity, or nil if there is none.
+func (n *addressNode) find(address [][]byte) *addressNode {
+	for _, frame := range address {
+		if n = n.children[string(frame)]; n == nil {
+			return nil
+		}
+	}
+	return n
 }
 
 // prune removes the node, and then its parents, as far as they are empty.
@@ -121,12 +136,28 @@ func (b *Broker) enqueue(r *brokerRequest, ahead bool) {
 		s.turns.MoveToFront(q.turn)
 	}
 	s.waiting++
+	b.index(r)
+}
 
-	r.node = &r.client.waiting
+// index lets mmi.cancel and mmi.credit find a request.
+func (b *Broker) index(r *brokerRequest) {
+	if r.node != nil {
+		return
+	}
+	r.node = &r.client.recallable
 	for _, frame := range r.address[1:] {
 		r.node = r.node.child(frame)
 	}
 	r.inNode = r.node.requests.PushBack(r)
+}
+
+func (r *brokerRequest) unindex() {
+	if r.node == nil {
+		return
+	}
+	r.node.requests.Remove(r.inNode)
+	r.node.prune()
+	r.node, r.inNode = nil, nil
 }
 
 // dequeue takes a request out of the queue. If it had its turn, the other clients are next.
@@ -141,9 +172,7 @@ func (b *Broker) dequeue(r *brokerRequest, hadTurn bool) {
 	} else if hadTurn {
 		s.turns.MoveToBack(q.turn)
 	}
-	r.node.requests.Remove(r.inNode)
-	r.node.prune()
-	r.inQueue, r.node, r.inNode = nil, nil, nil
+	r.inQueue = nil
 }
 
 // client returns the client of a user with an identity, a new one if there is none. If another user had
@@ -151,9 +180,8 @@ func (b *Broker) dequeue(r *brokerRequest, hadTurn bool) {
 func (b *Broker) client(identity []byte, user string) *brokerClient {
 	c, ok := b.clients[string(identity)]
 	if ok && c.user != user {
-		b.dropWaiting(c.waiting.all(nil), abandonedTotal)
 		c.replaced, ok = true, false
-		c.queue.close()
+		b.forgetClient(c)
 	}
 	if !ok {
 		c = &brokerClient{identity: string(identity), user: user, queue: b.outlet.newQueue()}
@@ -162,9 +190,36 @@ func (b *Broker) client(identity []byte, user string) *brokerClient {
 	return c
 }
 
-// dropWaiting drops waiting requests of which nobody awaits a reply.
-func (b *Broker) dropWaiting(requests []*brokerRequest, reason counter) {
+// sweepClients forgets clients that are done, and gives up the requests of those that are gone for good.
+func (b *Broker) sweepClients() {
+	for identity, c := range b.clients {
+		b.payOwed(c)
+		if !c.goneSince.IsZero() && b.now.Sub(c.goneSince) >= b.silenceLimit() {
+			b.recall(c.recallable.all(nil), abandonedTotal, "its client is gone")
+		}
+		if c.unfinished == 0 && c.queue.size() == 0 {
+			b.forgetClient(c)
+			delete(b.clients, identity)
+		}
+	}
+}
+
+// forgetClient gives up what a client has, and its queue.
+func (b *Broker) forgetClient(c *brokerClient) {
+	b.recall(c.recallable.all(nil), abandonedTotal, "its client is gone")
+	b.dropOwed(c)
+	delete(b.unread, c)
+	c.queue.close()
+}
+
+// recall gives up requests of which nobody awaits a reply. It counts those that wait for a reason; those that
+// run are cancelled.
+func (b *Broker) recall(requests []*brokerRequest, reason counter, why string) {
 	for _, r := range requests {
+		if r.inQueue == nil {
+			b.giveUp(r, cancelledTotal, why)
+			continue
+		}
 		b.dequeue(r, false)
 		b.end(r)
 		b.count(r.service, reason, 1)
@@ -172,31 +227,38 @@ func (b *Broker) dropWaiting(requests []*brokerRequest, reason counter) {
 	}
 }
 
-// sweepClients forgets clients that are done, and drops what waits for those that are gone for good.
-func (b *Broker) sweepClients() {
-	for identity, c := range b.clients {
-		if !c.goneSince.IsZero() && b.now.Sub(c.goneSince) >= b.silenceLimit() {
-			b.dropWaiting(c.waiting.all(nil), abandonedTotal)
-		}
-		if c.unfinished == 0 && c.queue.size() == 0 {
-			c.queue.close()
-			delete(b.clients, identity)
-		}
+// giveUp ends a request that a worker has, because nobody awaits its reply any more, and counts it.
+func (b *Broker) giveUp(r *brokerRequest, reason counter, why string) {
+	w := r.worker
+	b.end(r)
+	b.count(r.service, reason, 1)
+	b.log.event(slog.LevelInfo, "request cancelled", "request", string(r.token), "service", logged(r.service.name),
+		"client", logged(r.client.identity), "worker", logged(w.identity), "why", why)
+	if !w.takesCancel(r) {
+		return // It goes on in vain: its reply will be dropped.
 	}
+	b.tell(w, Message{Kind: KindDisconnect})
+	b.remove(w)
+	b.dispatch(w.service)
 }
 
-// cancel drops the waiting requests of a client whose address begins with that of its message, and
-// returns their number: the client may add frames of its own, and behind a proxy others share its
-// identity.
-func (b *Broker) cancel(address [][]byte) (dropped int) {
-	node := &b.clients[string(address[0])].waiting
-	for _, frame := range address[1:] {
-		node = node.children[string(frame)]
-		if node == nil {
-			return 0
-		}
+// takesCancel tells whether a worker ends the command of a request when it gets DISCONNECT. To one that
+// has not shown that, nothing new is said.
+func (w *brokerWorker) takesCancel(r *brokerRequest) bool { return w.cancels || w.isOurs && r.partials }
+
+// running returns those of the requests that a worker has.
+func running(requests []*brokerRequest) []*brokerRequest {
+	return slices.DeleteFunc(requests, func(r *brokerRequest) bool { return r.inQueue != nil })
+}
+
+// cancel gives up the requests of a client whose address begins with that of its message, and returns their
+// number: the client may add frames of its own, and behind a proxy others share its identity.
+func (b *Broker) cancel(c *brokerClient, address [][]byte) (recalled int) {
+	node := c.recallable.find(address)
+	if node == nil {
+		return 0
 	}
 	requests := node.all(nil)
-	b.dropWaiting(requests, cancelledTotal)
+	b.recall(requests, cancelledTotal, "its client gave it up")
 	return len(requests)
 }

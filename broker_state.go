@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// Broker is the broker of MDP/0.1 (RFC 7). It is a state machine that knows no socket and no
+// Broker is the broker of MDP/0.1 (RFC 7) and MDP/0.2 (RFC 18). It is a state machine that knows no socket and no
 // clock: Receive, Disconnected and Tick are its events, and the messages that it sends are its
 // actions. It belongs to one goroutine.
 //
@@ -34,6 +34,7 @@ type Broker struct {
 	unserved    int                      // services without workers
 	workers     map[string]*brokerWorker // by identity
 	clients     map[string]*brokerClient // by identity
+	unread      map[*brokerClient]bool   // that have to read before workers get credit for them
 	sources     map[int]string           // identities, by the descriptor of their connection
 	connections map[int]uint64           // numbers of those that are open, by their descriptor
 	accepted    uint64                   // connections so far
@@ -90,7 +91,7 @@ const (
 	smallReply   = 4 << 10     // bytes of a reply that a client gets even if memory is full
 	requestCost  = 512         // bytes that holding a request takes, besides its frames
 	nodeCost     = 384         // bytes that a node of its address takes, besides a copy of the frame
-	workerPrefix = "bservice." // begins the identity of workers that send heartbeats while they work
+	workerPrefix = "bservice." // begins the identity of workers of ours, bservice or a library
 )
 
 // A brokerService exists while it has workers or waiting requests.
@@ -111,6 +112,7 @@ type brokerWorker struct {
 	identity    string
 	user        string   // as in sender
 	address     [][]byte // the identity as a frame
+	dialect     Dialect
 	queue       peerQueue
 	source      int    // the descriptor of its connection, or -1
 	received    uint64 // bytes over its connection, when it was last silent
@@ -122,7 +124,9 @@ type brokerWorker struct {
 	busy        int            // heartbeats since it was given its request
 	heard       int            // heartbeats that it sent since then
 
-	gone bool // its connection broke
+	gone    bool // its connection broke
+	isOurs  bool // it knows what is not in the RFCs
+	cancels bool // it ends its command if it gets DISCONNECT
 
 	// beatsWhileBusy tells that it sends heartbeats while it works; many workers cannot.
 	beatsWhileBusy bool
@@ -132,8 +136,10 @@ type brokerWorker struct {
 type brokerRequest struct {
 	service *brokerService
 	client  *brokerClient
-	name    []byte   // of the service, for the reply
-	address [][]byte // the client's address stack, with its identity first
+	worker  *brokerWorker // that has it, nil while it waits
+	dialect Dialect       // of the client
+	name    []byte        // of the service, for the reply
+	address [][]byte      // the client's address stack, with its identity first
 	body    [][]byte
 	token   []byte // stands for the client in messages to workers
 	number  uint64 // in the order in which requests were taken
@@ -141,9 +147,17 @@ type brokerRequest struct {
 
 	arrived, started time.Time
 	redelivered      int
-	returned         int // times that a worker returned it
+	returned         int  // times that a worker returned it
+	ended            bool // the worker that has it does not know that
 
-	// Its places in the queue of its client and among the addresses of its client, nil when in flight.
+	partials bool     // the client takes partial replies
+	begun    bool     // a part of the reply has come
+	onTheWay int      // parts that were passed on, for which the worker got no new credit
+	grants   bool     // the client gives credit
+	gathered [][]byte // parts for a client that takes none
+
+	// Its places in the queue of its client, nil when in flight, and among the addresses of its client, nil
+	// if it cannot be recalled.
 	inQueue *list.Element
 	node    *addressNode
 	inNode  *list.Element
@@ -159,6 +173,7 @@ func NewBroker(flags brokerFlags, now time.Time, out outlet, log *slog.Logger) *
 		services:      map[string]*brokerService{},
 		workers:       map[string]*brokerWorker{},
 		clients:       map[string]*brokerClient{},
+		unread:        map[*brokerClient]bool{},
 		sources:       map[int]string{},
 		connections:   map[int]uint64{},
 		tokenPrefix:   fmt.Sprintf("%08x.", rand.Uint32()),
@@ -195,6 +210,8 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 		err = fmt.Errorf("%v: a worker has no address other than its identity", m.Kind)
 	case err == nil && len(m.Address) >= maxAddress:
 		err = fmt.Errorf("an address of more than %d frames", maxAddress)
+	case err == nil && m.Dialect.ofClient() && m.Kind != KindRequest:
+		err = fmt.Errorf("an unexpected %v", m.Kind)
 	case err == nil && !m.Dialect.ofClient() && len(frames) > maxFrames:
 		err = fmt.Errorf("%v: more than %d frames", m.Kind, maxFrames)
 	}
@@ -203,8 +220,8 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 		b.revoke(w)
 		w = nil
 	}
-	if w != nil && m.Kind == KindReply && (err == nil || errors.Is(err, errNoClient)) {
-		b.receiveReply(w, m, err == nil)
+	if w != nil && !m.Dialect.ofClient() && (m.Kind == KindReply || m.Kind == KindPartial) && (err == nil || errors.Is(err, errNoClient)) {
+		b.receiveOutcome(w, m, err == nil)
 		return
 	}
 	if err != nil {
@@ -230,21 +247,22 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 		b.receiveWorker(w, m)
 	case gone: // DISCONNECT could go to another peer that has the identity now.
 	case m.Kind == KindReady:
-		b.register(peer, from, mine, m.Service)
+		b.register(from, mine, peer, m)
 	case m.Kind != KindDisconnect:
 		// It registered with an earlier run of this broker, or was given up. DISCONNECT makes it
 		// register anew.
-		b.sendTo([][]byte{peer}, nil, Message{Kind: KindDisconnect})
+		b.sendTo([][]byte{peer}, nil, Message{Dialect: m.Dialect, Kind: KindDisconnect})
 	}
 }
 
 func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, mine *grant, cutOff bool) {
 	if !mine.mayCall(string(m.Service)) {
-		b.forbid(&brokerRequest{client: c, name: m.Service, address: address}, false)
+		b.forbid(&brokerRequest{client: c, dialect: m.Dialect, name: m.Service, address: address}, false)
 		return
 	}
 	if isManagement(string(m.Service)) {
-		b.reply(c, address, m.Service, [][]byte{b.manage(string(m.Service), address, m.Body, mine)})
+		answer := b.manage(string(m.Service), c, address, m.Body, mine)
+		b.reply(c, Message{Dialect: m.Dialect, Address: address, Kind: KindReply, Service: m.Service, Body: [][]byte{answer}})
 		return
 	}
 	b.lastRequest = b.now
@@ -252,8 +270,9 @@ func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, min
 	if s == nil && b.unserved < maxUnserved {
 		s = b.service(m.Service)
 	}
-	r := &brokerRequest{service: s, client: c, name: m.Service, address: address, body: m.Body, arrived: b.now,
-		cost: requestCost + costOf(address) + costOfNodes(address) + size(len(m.Service)) + costOf(m.Body)}
+	r := &brokerRequest{service: s, client: c, dialect: m.Dialect, name: m.Service, address: address, body: m.Body, arrived: b.now,
+		partials: m.Dialect.hasPartials(),
+		cost:     requestCost + costOf(address) + costOfNodes(address) + size(len(m.Service)) + costOf(m.Body)}
 	b.count(s, requestsTotal, 1)
 	b.count(s, requestBytes, uint64(sizeOf(m.Body)))
 	switch {
@@ -279,24 +298,21 @@ func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, min
 
 // take accepts a request, which ends with end.
 func (b *Broker) take(r *brokerRequest) {
-	r.token = b.nextToken(b.grantOf(r.client.user).name)
+	r.token = b.nextToken(r.partials, b.grantOf(r.client.user).name)
 	r.number = b.lastToken
-	b.unfinished++
-	b.held += r.cost
-	r.client.unfinished++
-	r.client.held += r.cost
+	b.hold(r)
 	if !b.assign(r) {
 		b.enqueue(r, false)
 	}
 }
 
-// receiveReply takes a REPLY of a registered worker. Some workers leave out the empty frame behind
-// the address, so that a body begins there.
-func (b *Broker) receiveReply(w *brokerWorker, m Message, delimited bool) {
+// receiveOutcome takes a PARTIAL or REPLY of a registered worker. Some workers leave out the empty frame
+// behind the address, so that a body begins there.
+func (b *Broker) receiveOutcome(w *brokerWorker, m Message, delimited bool) {
 	w.silence = 0
 	r := w.request
 	if r == nil || len(m.Client) == 0 || string(m.Client[0]) != string(r.token) {
-		b.disconnect(w, "a reply to a request that it was not given")
+		b.disconnect(w, fmt.Sprintf("a %v to a request that it was not given", m.Kind))
 		b.dispatch(w.service)
 		return
 	}
@@ -307,6 +323,20 @@ func (b *Broker) receiveReply(w *brokerWorker, m Message, delimited bool) {
 			body = slices.Concat(body, [][]byte{nil}, m.Body)
 		}
 	}
+	if m.Kind == KindPartial {
+		b.receivePartial(w, body)
+		return
+	}
+	if !r.ended {
+		b.receiveReply(w, body)
+	}
+	b.makeIdle(w)
+	b.dispatch(w.service)
+}
+
+// receiveReply takes the reply to the request of a worker.
+func (b *Broker) receiveReply(w *brokerWorker, body [][]byte) {
+	r := w.request
 	b.count(w.service, repliesTotal, 1)
 	if ParseReply(body).Status != 0 {
 		b.count(w.service, failuresTotal, 1)
@@ -316,13 +346,11 @@ func (b *Broker) receiveReply(w *brokerWorker, m Message, delimited bool) {
 		b.log.Debug("request done", "request", string(r.token), "service", logged(w.service.name), "took", b.now.Sub(r.started))
 	}
 	b.end(r)
-	if b.grantOf(r.client.user).mayCall(string(r.name)) {
-		b.deliver(r, body)
+	if b.mayGoOn(r) {
+		b.deliver(r, slices.Concat(r.gathered, body))
 	} else {
 		b.forbid(r, true)
 	}
-	b.makeIdle(w)
-	b.dispatch(w.service)
 }
 
 // receiveWorker takes any other message of a registered worker.
@@ -335,12 +363,14 @@ func (b *Broker) receiveWorker(w *brokerWorker, m Message) {
 		if w.heard++; w.heard > 1 && w.request != nil {
 			w.beatsWhileBusy = true
 		}
-	case handsBack && w.request != nil:
+	case handsBack && w.request != nil && !w.request.begun:
 		b.handBack(w, why)
 	case m.Kind == KindDisconnect:
 		b.log.event(slog.LevelInfo, "worker left", "worker", logged(w.identity), "service", logged(w.service.name), "why", "it sent DISCONNECT")
 		// It has not begun its request, or it would have replied first.
-		if r := b.remove(w); r != nil {
+		if r := b.remove(w); r != nil && r.begun {
+			b.fail(r, exitUnavailable, "the worker left before the end of its reply")
+		} else if r != nil {
 			r.returned++
 			b.takeBack(r, r.returned <= frontReturns)
 		}
@@ -348,7 +378,7 @@ func (b *Broker) receiveWorker(w *brokerWorker, m Message) {
 		b.makeIdle(w)
 		b.dispatch(w.service)
 		if w.idleElement != nil { // It has reserved a job, and must know that there is no request.
-			b.sendTo(w.address, w.queue, Message{Kind: KindHeartbeat})
+			b.tell(w, Message{Kind: KindHeartbeat})
 		}
 	default:
 		b.disconnect(w, fmt.Sprintf("an unexpected %v", m.Kind))
@@ -365,24 +395,29 @@ func (b *Broker) handBack(w *brokerWorker, why string) {
 	}
 	w.request, w.elsewhere = nil, true
 	w.service.elsewhere++
-	b.takeBack(r, true)
+	if r.worker = nil; !r.ended {
+		b.takeBack(r, true)
+	}
 }
 
-func (b *Broker) register(identity []byte, from sender, mine *grant, name []byte) {
-	w := &brokerWorker{identity: string(identity), user: from.user, address: [][]byte{bytes.Clone(identity)}, source: from.source,
-		beatsWhileBusy: bytes.HasPrefix(identity, []byte(workerPrefix))}
+// register takes READY of a new worker.
+func (b *Broker) register(from sender, mine *grant, identity []byte, m Message) {
+	name := m.Service
+	w := &brokerWorker{identity: string(identity), user: from.user, address: [][]byte{bytes.Clone(identity)}, dialect: m.Dialect, source: from.source,
+		isOurs: bytes.HasPrefix(identity, []byte(workerPrefix)), cancels: len(m.Body) > 0 && string(m.Body[0]) == cancels}
+	w.beatsWhileBusy = w.isOurs
 	if isManagement(string(name)) {
 		b.log.warn("peer "+w.identity, "worker refused", "worker", logged(w.identity), "service", logged(string(name)), "why", "the name is the broker's own")
-		b.sendTo(w.address, nil, Message{Kind: KindDisconnect})
+		b.tell(w, Message{Kind: KindDisconnect})
 		return
 	}
 	if !mine.mayServe(string(name)) {
 		b.unauthorized(from.user, mine, "serve", string(name))
-		m := Message{Kind: KindDisconnect}
-		if w.beatsWhileBusy { // A worker of others may not understand more.
-			m.Body = [][]byte{[]byte(notAllowed), fmt.Appendf(nil, "%s may not serve %s", mine.holder(), name)}
+		refusal := Message{Kind: KindDisconnect}
+		if w.isOurs { // A worker of others may not understand more.
+			refusal.Body = [][]byte{[]byte(notAllowed), fmt.Appendf(nil, "%s may not serve %s", mine.holder(), name)}
 		}
-		b.sendTo(w.address, nil, m)
+		b.tell(w, refusal)
 		return
 	}
 	b.log.event(slog.LevelInfo, "worker came", "worker", logged(w.identity), "service", logged(string(name)))
@@ -432,7 +467,7 @@ func (b *Broker) assign(r *brokerRequest) bool {
 			b.loseWorker(w, errors.New("its connection broke"))
 			continue
 		}
-		err := b.sendTo(w.address, w.queue, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
+		err := b.tell(w, Message{Kind: KindRequest, Client: [][]byte{r.token}, Body: r.body})
 		if err != nil {
 			b.loseWorker(w, err)
 			continue
@@ -440,7 +475,12 @@ func (b *Broker) assign(r *brokerRequest) bool {
 		b.observe(s, waitSeconds, b.now.Sub(r.arrived))
 		s.idle.Remove(w.idleElement)
 		w.request, w.idleElement, w.busy, w.heard = r, nil, 0, 0
-		r.started = b.now
+		r.worker, r.started = w, b.now
+		if r.partials || w.cancels {
+			b.index(r)
+		} else {
+			r.unindex()
+		}
 		if b.debug {
 			b.log.Debug("request given", "request", string(r.token), "service", logged(s.name), "client", logged(r.client.identity), "worker", logged(w.identity))
 		}
@@ -453,7 +493,7 @@ func (b *Broker) assign(r *brokerRequest) bool {
 // forgets a service that has neither workers nor requests. It follows every event that changes either.
 func (b *Broker) dispatch(s *brokerService) {
 	for r := s.next(); r != nil; r = s.next() {
-		if b.draining || b.forbidding && !b.mayBegin(r) || !b.assign(r) {
+		if b.draining || b.forbidding && !b.mayGoOn(r) || !b.assign(r) {
 			return
 		}
 		b.dequeue(r, true)
@@ -488,6 +528,7 @@ func (b *Broker) Disconnected(source int, now time.Time) {
 	delete(b.sources, source)
 	if c := b.clients[identity]; c != nil {
 		c.goneSince = now
+		b.recall(running(c.recallable.all(nil)), cancelledTotal, "its client is gone")
 	}
 	if w := b.workers[identity]; w != nil && w.source == source {
 		w.gone = true
@@ -538,7 +579,7 @@ func (b *Broker) heartbeat(w *brokerWorker) {
 	}
 	if w.silence > b.Liveness {
 		b.disconnect(w, fmt.Sprintf("silent for %d heartbeats", b.Liveness))
-	} else if err := b.sendTo(w.address, w.queue, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
+	} else if err := b.tell(w, Message{Kind: KindHeartbeat}); err != nil && err != errWouldBlock {
 		// One that does not read is not lost yet: its silence decides. Of one that is gone, a reply or
 		// DISCONNECT may still have to be received.
 		if w.gone || w.request == nil {
@@ -576,7 +617,7 @@ func (b *Broker) expireQueues() (more bool) {
 
 // disconnect sends DISCONNECT to a worker that broke the protocol or fell silent, and gives it up.
 func (b *Broker) disconnect(w *brokerWorker, why string) {
-	b.sendTo(w.address, w.queue, Message{Kind: KindDisconnect})
+	b.tell(w, Message{Kind: KindDisconnect})
 	b.loseWorker(w, errors.New(why))
 }
 
@@ -592,7 +633,7 @@ func (b *Broker) loseWorker(w *brokerWorker, why error) {
 	b.count(w.service, lostWorkersTotal, 1)
 	switch {
 	case r == nil:
-	case r.redelivered < b.Redeliver && !b.draining && b.mayBegin(r):
+	case r.redelivered < b.Redeliver && !r.begun && !b.draining && b.mayGoOn(r):
 		r.redelivered++
 		b.count(r.service, redeliveredTotal, 1)
 		b.enqueue(r, true)
@@ -611,7 +652,7 @@ func (b *Broker) takeBack(r *brokerRequest, ahead bool) {
 	case r.client.replaced:
 		b.end(r)
 		b.count(r.service, abandonedTotal, 1)
-	case !b.mayBegin(r):
+	case !b.mayGoOn(r):
 		b.end(r)
 		b.forbid(r, false)
 	case r.returned >= maxReturns:
@@ -622,7 +663,7 @@ func (b *Broker) takeBack(r *brokerRequest, ahead bool) {
 	}
 }
 
-// remove forgets a worker and returns the request that it had, or nil.
+// remove forgets a worker and returns the request that it had, nil if there is none or it has ended.
 func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	delete(b.workers, w.identity)
 	w.queue.close()
@@ -634,7 +675,12 @@ func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	if w.idleElement != nil {
 		w.service.idle.Remove(w.idleElement)
 	}
-	return w.request
+	r := w.request
+	if r == nil || r.ended {
+		return nil
+	}
+	r.worker = nil
+	return r
 }
 
 // refuse answers a request that was not taken, or was taken and has not begun. Its client may send it
@@ -653,24 +699,48 @@ func (b *Broker) fail(r *brokerRequest, status int, why string) {
 
 // answer sends a status reply of the broker itself.
 func (b *Broker) answer(r *brokerRequest, status int, why string) {
-	b.deliver(r, Reply{Stderr: fmt.Appendf(nil, "bbroker: %s: %s\n", printable(string(r.name)), why), Status: status, FromBroker: true}.Body())
+	b.deliver(r, r.failure(status, why))
+}
+
+// failure returns the body of a status reply of the broker itself.
+func (r *brokerRequest) failure(status int, why string) [][]byte {
+	return Reply{Stderr: fmt.Appendf(nil, "bbroker: %s: %s\n", printable(string(r.name)), why), Status: status, FromBroker: true}.Body()
+}
+
+// reply returns the reply with a body, in the dialect of the client.
+func (r *brokerRequest) reply(body [][]byte) Message {
+	return Message{Dialect: r.dialect, Address: r.address, Kind: KindReply, Service: r.name, Body: body}
 }
 
 // deliver sends the reply to a request. A client that is gone or does not read loses it; nobody else
 // waits for that.
 func (b *Broker) deliver(r *brokerRequest, body [][]byte) {
-	if err := b.reply(r.client, r.address, r.name, body); err != nil {
-		b.count(r.service, droppedRepliesTotal, 1)
-		if b.debug {
-			b.log.Debug("reply dropped", "client", logged(r.client.identity), "service", logged(string(r.name)), "why", err)
-		}
+	err := b.reply(r.client, r.reply(body))
+	if err == nil {
+		b.count(r.service, replyBytes, uint64(sizeOf(body)))
 		return
 	}
-	b.count(r.service, replyBytes, uint64(sizeOf(body)))
+	b.count(r.service, droppedRepliesTotal, 1)
+	if b.debug {
+		b.log.Debug("reply dropped", "client", logged(r.client.identity), "service", logged(string(r.name)), "why", err)
+	}
+	if r.partials && r.begun && mayReadLater(err) {
+		b.oweEnd(r)
+	}
+}
+
+// hold counts a request that was taken, until its end.
+func (b *Broker) hold(r *brokerRequest) {
+	b.unfinished++
+	b.held += r.cost
+	r.client.unfinished++
+	r.client.held += r.cost
 }
 
 // end releases a request that was taken.
 func (b *Broker) end(r *brokerRequest) {
+	r.ended = true
+	r.unindex()
 	b.unfinished--
 	b.held -= r.cost
 	r.client.unfinished--
@@ -682,24 +752,30 @@ var errNotReading = errors.New("the client does not read its replies")
 // errReplaced means that somebody else may have the identity of the client now.
 var errReplaced = errors.New("the connection of the client is gone")
 
-// reply sends a reply, unless the client has too many that it has not read. ZeroMQ goes by the identity
+// reply sends a message to a client, unless there are too many that it has not read. ZeroMQ goes by the identity
 // of a client, which others can claim once it is gone: a reply to a key is for that connection only.
-func (b *Broker) reply(c *brokerClient, address [][]byte, service []byte, body [][]byte) error {
+func (b *Broker) reply(c *brokerClient, m Message) error {
 	if c.replaced || b.access != nil && !c.goneSince.IsZero() {
 		return errReplaced
 	}
-	cost := costOf(address) + size(len(service)) + costOf(body)
+	cost := costOf(m.Address) + size(len(m.Service)) + costOf(m.Body)
 	queued := c.queue.size()
 	if queued+cost > b.MaxMemory/clientShare || b.held+b.outlet.queued()+cost > b.MaxMemory {
 		if queued > 0 || cost > smallReply {
 			return errNotReading
 		}
 	}
-	err := b.sendTo(address, c.queue, Message{Dialect: client01, Kind: KindReply, Service: service, Body: body})
+	err := b.sendTo(m.Address, c.queue, m)
 	if err != nil && err != errWouldBlock && c.goneSince.IsZero() {
 		c.goneSince = b.now
 	}
 	return err
+}
+
+// tell sends a message to a worker, in its dialect. An error is that of sendTo.
+func (b *Broker) tell(w *brokerWorker, m Message) error {
+	m.Dialect = w.dialect
+	return b.sendTo(w.address, w.queue, m)
 }
 
 // sendTo sends a message to a peer. An error means that the peer cannot be reached, or that it does
@@ -748,20 +824,27 @@ func (b *Broker) Stop() {
 	b.Drain()
 	b.refuseWaiting(math.MaxInt)
 	for _, w := range b.workers {
-		b.sendTo(w.address, w.queue, Message{Kind: KindDisconnect})
+		b.tell(w, Message{Kind: KindDisconnect})
 		if r := b.remove(w); r != nil {
 			b.fail(r, exitUnavailable, shuttingDown+"; the command may have run")
 		}
 		b.dispatch(w.service)
 	}
+	for _, c := range b.clients {
+		b.dropOwed(c)
+	}
 }
 
 // nextToken returns the token of a new request. Tokens are printable, and differ from each other
-// and, with high probability, from those of other runs of the broker.
-// The name of the caller, if it is known, follows behind an @.
-func (b *Broker) nextToken(caller string) []byte {
+// and, with high probability, from those of other runs of the broker. If the client takes partial replies,
+// ~ and the number of those that may be on their way follow; and the name of the caller, if it is known, behind
+// an @.
+func (b *Broker) nextToken(partials bool, caller string) []byte {
 	b.lastToken++
 	token := strconv.AppendUint([]byte(b.tokenPrefix), b.lastToken, 10)
+	if partials {
+		token = strconv.AppendInt(append(token, '~'), streamWindow, 10)
+	}
 	if caller != "" {
 		token = append(append(token, '@'), caller...)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"reflect"
@@ -109,9 +110,9 @@ func TestEachServiceHasItsOwnWorkers(t *testing.T) {
 
 func TestWorkerThatRegistersAManagementServiceIsDisconnected(t *testing.T) {
 	r := newFakeRouter(t)
-	r.from("W", "", "MDPW01", "\x01", "mmi.service")
+	r.from("W", "", "MDPW01", "\x01", "mmi.x")
 	r.expect(disconnectTo("W"))
-	r.from("C", "", "MDPC01", "mmi.service", "mmi.service")
+	r.from("C", "", "MDPC01", "mmi.service", "mmi.x")
 	r.expect([]string{"C", "", "MDPC01", "mmi.service", "404"})
 }
 
@@ -1006,18 +1007,21 @@ func TestManyRequestsExpireALimitedNumberAtATime(t *testing.T) {
 	}
 }
 
-// FuzzBroker lets several peers send any message, become unreachable and fall silent. After each
-// step it checks the invariants of the broker. Two bytes of the input are a step.
+// FuzzBroker lets several peers of both versions send any message, become unreachable and fall silent. After
+// each step it checks the invariants of the broker. Two bytes of the input are a step.
 func FuzzBroker(f *testing.F) {
-	f.Add([]byte("\x00\x00\x01\x00\x02\x00"))                                 // a worker, a request, its reply
-	f.Add([]byte("\x01\x00\x01\x10\x00\x00\x05\x00\x00\x01\x02\x01\x02\x01")) // the worker leaves, another gets the request
-	f.Add([]byte("\x00\x00\x01\x00\x06\x00\x07\x00\x00\x01\x08\x00\x07\x01")) // the worker is lost, requests are cancelled and expire
-	f.Add([]byte("\x00\x00\x01\x00\x0e\x00\x00\x01\x0e\x01\x00\x00\x02\x00")) // workers hand a request back, one of them takes it again
+	f.Add([]byte("\x00\x00\x01\x00\x02\x00"))                                         // a worker, a request, its reply
+	f.Add([]byte("\x01\x00\x01\x10\x00\x00\x05\x00\x00\x01\x02\x01\x02\x01"))         // the worker leaves, another gets the request
+	f.Add([]byte("\x00\x00\x01\x00\x06\x00\x07\x00\x00\x01\x08\x00\x07\x01"))         // the worker is lost, requests are cancelled and expire
+	f.Add([]byte("\x00\x00\x01\x00\x0e\x00\x00\x01\x0e\x01\x00\x00\x02\x00"))         // workers hand a request back, one of them takes it again
+	f.Add([]byte("\x00\x00\x0f\x00\x11\x00\x11\x00\x12\x01\x11\x40\x0c\x00\x02\x00")) // a stream with credit, and its end
+	f.Add([]byte("\x00\x01\x0f\x01\x11\xc1\x07\x01\x0c\x01\x07\x01\x13\x01"))         // a stream that breaks
+	f.Add([]byte("\x10\x02\x01\x02\x11\x42\x11\x42\x13\x02\x0f\x02\x08\x02"))         // parts for a client of MDP/0.1, and a stream that is cancelled
 	f.Fuzz(func(t *testing.T, steps []byte) {
-		b := &brokerWorld{fakeRouter: newFakeRouter(t), held: map[string]string{}, ended: map[string]int{}}
+		b := &brokerWorld{fakeRouter: newFakeRouter(t), held: map[string]string{}, number: map[string]string{}, parts: map[string]int{}, passed: map[string]int{}, ended: map[string]int{}}
 		b.Redeliver = 1
 		b.MaxQueue = 3
-		b.MaxMemory = 4000
+		b.MaxMemory = 12000
 		b.fakeRouter.record = b.recordMessage
 		for ; len(steps) >= 2; steps = steps[2:] {
 			b.step(steps[0], steps[1])
@@ -1030,7 +1034,7 @@ func FuzzBroker(f *testing.F) {
 		}
 		counts := b.total.counts
 		unsent := counts[droppedRepliesTotal] - b.undelivered // to clients that do not read
-		if ended := uint64(len(b.ended)) + unsent + counts[cancelledTotal] + counts[abandonedTotal]; ended != counts[requestsTotal] {
+		if ended := uint64(len(b.ended)) - b.late + unsent + counts[cancelledTotal] + counts[abandonedTotal]; ended != counts[requestsTotal] {
 			t.Errorf("%d requests were received, but %d ended", b.total.counts[requestsTotal], ended)
 		}
 	})
@@ -1039,54 +1043,94 @@ func FuzzBroker(f *testing.F) {
 // A brokerWorld is the world around a broker.
 type brokerWorld struct {
 	*fakeRouter
-	held  map[string]string // the token of the last request, by worker
-	ended map[string]int    // how many replies were sent, delivered or not, by request
-	count int               // steps so far
+	held   map[string]string // the token of the last request, by worker
+	number map[string]string // of the request, by token
+	parts  map[string]int    // that workers sent, by token
+	passed map[string]int    // parts that clients got, by number
+	ended  map[string]int    // how many replies were sent, delivered or not, by number
+	count  int               // steps so far
 
 	undelivered uint64 // replies to requests
+	late        uint64 // ends of streams that broke
 }
 
 // recordMessage stands for the socket of the broker. A number in the address identifies each request.
 func (b *brokerWorld) recordMessage(frames [][]byte) error {
-	message := spell(frames)
-	if q := b.queues[message[0]]; q != nil && b.failed[message[0]] == nil {
+	peer, failed := string(frames[0]), b.failed[string(frames[0])]
+	m, err := Parse(frames[1:])
+	if err != nil {
+		b.t.Fatalf("the broker sent %q: %v", frames, err)
+	}
+	if q := b.queues[peer]; q != nil && failed == nil {
 		q.bytes += costOf(frames)
 	}
 	switch {
-	case message[2] == "MDPW01" && message[3] == "\x02":
-		if b.failed[message[0]] == nil {
-			b.held[message[0]] = message[4]
+	case m.Kind == KindRequest && !m.Dialect.ofClient():
+		if failed == nil {
+			token := string(m.Client[0])
+			b.held[peer], b.number[token] = token, string(m.Body[0])
 		}
-	case message[1] != "":
-		b.ended[message[1]]++
-		if b.ended[message[1]] > 1 {
-			b.t.Fatalf("request %s ended twice", message[1])
+	case m.Dialect.ofClient() && len(m.Address) > 0 && !isManagement(string(m.Service)):
+		number := string(m.Address[0])
+		for _, frame := range m.Body {
+			if body, isPart := strings.CutPrefix(string(frame), "part "); isPart && failed == nil {
+				if b.passed[number]++; body != fmt.Sprint(number, " ", b.passed[number]) {
+					b.t.Fatalf("request %s got part %s as its part %d", number, body, b.passed[number])
+				}
+			}
 		}
-		if b.failed[message[0]] != nil {
+		if b.ended[number] > 0 {
+			b.t.Fatalf("request %s got a %v after its end", number, m.Kind)
+		}
+		if m.Kind == KindPartial {
+			break
+		}
+		b.ended[number]++
+		switch isLate := bytes.Contains(bytes.Join(m.Body, nil), []byte("the stream broke")); {
+		case isLate:
+			b.late++
+			if failed == errWouldBlock {
+				b.ended[number]-- // It is sent again.
+				b.late--
+				delete(b.ended, number)
+			}
+		case failed != nil:
 			b.undelivered++
+			if m.Dialect.hasPartials() && failed == errWouldBlock {
+				delete(b.ended, number) // Its end may follow.
+				b.undelivered--
+			}
 		}
 	}
-	return b.failed[message[0]]
+	return failed
 }
 
 func (b *brokerWorld) step(what, who byte) {
 	worker := fmt.Sprintf("W%d", who%4)
+	if who%2 == 0 {
+		worker = workerPrefix + worker
+	}
 	client := fmt.Sprintf("C%d", who%3)
 	service := fmt.Sprintf("s%d", who>>4%3)
 	b.count++
-	switch what % 15 {
-	case 0:
-		b.from(worker, "", "MDPW01", "\x01", service)
-	case 1, 10:
+	request := func(protocol ...string) {
 		source := int(who % 3)
 		if !b.Knows(source, []byte(client)) {
 			b.Disconnected(source, b.clock)
 		}
-		b.Receive(frames(client, fmt.Sprint("#", b.count), "", "MDPC01", service, strings.Repeat("x", int(who))), sender{source: source}, b.clock)
+		number := fmt.Sprint("#", b.count)
+		message := append(append([]string{client, number}, protocol...), service, number, strings.Repeat("x", int(who)))
+		b.Receive(frames(message...), sender{source: source}, b.clock)
+	}
+	switch what % 20 {
+	case 0:
+		b.from(worker, "", "MDPW01", "\x01", service)
+	case 1, 10:
+		request("", "MDPC01")
 	case 2, 11:
 		b.from(worker, "", "MDPW01", "\x03", b.held[worker], "", "done")
 	case 3:
-		b.from(worker, "", "MDPW01", "\x03", b.held["W0"], "", "forged")
+		b.from(worker, "", "MDPW01", "\x03", b.held["W1"], "", "forged")
 	case 4:
 		b.from(worker, "", "MDPW01", "\x04")
 	case 5:
@@ -1106,15 +1150,35 @@ func (b *brokerWorld) step(what, who byte) {
 				q.bytes = 0
 			}
 		}
+		b.ClientsHaveRead()
 	case 13:
 		b.Disconnected(int(who%3), b.clock)
 	case 14:
 		b.from(worker, "", "MDPW01", "\x05", "75", "busy")
+	case 15:
+		request("MDPC02", "\x01")
+	case 16:
+		b.from(worker, "MDPW02", "\x01", service, []string{"", cancels}[who>>6%2])
+	case 17: // parts of a reply
+		token := b.held[worker]
+		for range 1 + who>>4 {
+			if b.workers[worker] == nil || b.workers[worker].request == nil || string(b.workers[worker].request.token) != token {
+				b.from(worker, "MDPW02", "\x03", token, "", "out of turn")
+				break
+			}
+			b.parts[token]++
+			b.from(worker, "MDPW02", "\x03", token, "", fmt.Sprint("part ", b.number[token], " ", b.parts[token]))
+		}
+	case 18:
+		b.from(client, b.number[b.held[worker]], "MDPC02", "\x01", "mmi.credit", fmt.Sprint(who>>4))
+	case 19:
+		b.from(worker, "MDPW02", "\x04", b.held[worker], "", "done")
 	case 9:
 		bad := [][]string{{""}, {"", "MDPC01"}, {"", "MDPC01", ""}, {"", "MDPW01", "\x09"}, {"MDPW01", "\x05"},
 			{"", "MDPC01", "mmi.metrics"}, {"", "MDPC01", "mmi.services"}, {"", "MDPW01", "\x02", "", "x"},
 			{"", "MDPW01", "\x03"}, {"", "MDPW01", "\x03", b.held[worker], "no delimiter"}, {"", "MDPW01", "\x01\x01"},
-			{"", "MDPC01", strings.Repeat("n", maxName+1)}, append(slices.Repeat([]string{"a"}, maxAddress), "", "MDPC01", "s0")}
+			{"", "MDPC01", strings.Repeat("n", maxName+1)}, append(slices.Repeat([]string{"a"}, maxAddress), "", "MDPC01", "s0"),
+			{"MDPC02", "\x02", "s0", "x"}, {"MDPW02", "\x07", b.held[worker], "", "1"}, {"", "MDPC02", "\x01", "mmi.credit", "-1"}}
 		b.from(append([]string{worker}, bad[int(who>>2)%len(bad)]...)...)
 	}
 }
@@ -1180,11 +1244,27 @@ func (b *brokerWorld) check() {
 	if b.unserved != unserved {
 		b.t.Fatalf("the broker counts %d services without workers, but has %d", b.unserved, unserved)
 	}
-	all := maps.Clone(waiting)
+	all, recallable := maps.Clone(waiting), maps.Clone(waiting)
 	for _, w := range b.workers {
-		if r := w.request; r != nil {
-			if waiting[r] || r.inQueue != nil {
-				b.t.Fatalf("request %q is both waiting and in flight", r.address)
+		r := w.request
+		if r == nil || r.ended {
+			continue
+		}
+		if waiting[r] || r.inQueue != nil || r.worker != w {
+			b.t.Fatalf("request %q is both waiting and in flight, or with two workers", r.address)
+		}
+		if r.onTheWay < 0 || r.onTheWay > streamWindow && w.isOurs {
+			b.t.Fatalf("request %q has %d parts on their way", r.address, r.onTheWay)
+		}
+		all[r] = true
+		if r.partials || w.cancels {
+			recallable[r] = true
+		}
+	}
+	for _, c := range b.clients {
+		for _, r := range c.owed {
+			if all[r] || !r.ended {
+				b.t.Fatalf("the end of request %q is owed, but it goes on", r.address)
 			}
 			all[r] = true
 		}
@@ -1205,16 +1285,16 @@ func (b *brokerWorld) check() {
 		if c.held > b.MaxMemory/clientShare {
 			b.t.Fatalf("client %s holds %d bytes, more than its share", c.identity, c.held)
 		}
-		for _, r := range c.waiting.all(nil) {
+		for _, r := range c.recallable.all(nil) {
 			addressed++
-			if !waiting[r] || r.client != c {
-				b.t.Fatalf("request %q has an address, but does not wait", r.address)
+			if !recallable[r] || r.client != c {
+				b.t.Fatalf("request %q has an address, but cannot be recalled", r.address)
 			}
 		}
 	}
-	if b.unfinished != len(all) || b.Broker.held != total || addressed != len(waiting) {
-		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d; %d have an address, and %d wait",
-			b.unfinished, b.Broker.held, len(all), total, addressed, len(waiting))
+	if b.unfinished != len(all) || b.Broker.held != total || addressed != len(recallable) {
+		b.t.Fatalf("the broker counts %d requests of %d bytes, but has %d of %d; %d have an address, and %d can be recalled",
+			b.unfinished, b.Broker.held, len(all), total, addressed, len(recallable))
 	}
 	// Heartbeats and small replies go out however much is held.
 	if total > b.MaxMemory {

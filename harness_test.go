@@ -265,10 +265,11 @@ type fakeRouter struct {
 }
 
 // A fakeQueue is what a peer has not read, as far as a test says so.
-type fakeQueue struct{ bytes size }
+type fakeQueue struct{ bytes, low size }
 
-func (q *fakeQueue) size() size { return q.bytes }
-func (q *fakeQueue) close()     {}
+func (q *fakeQueue) size() size      { return q.bytes }
+func (q *fakeQueue) notify(low size) { q.low = low }
+func (q *fakeQueue) close()          {}
 
 func (r *fakeRouter) send(frames [][]byte, queue peerQueue) error {
 	if q, ok := queue.(*fakeQueue); ok {

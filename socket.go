@@ -23,6 +23,7 @@ package main
 #endif
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,13 +60,48 @@ static void close_frames(frame_batch *batch) {
 		zmq_msg_close(&batch->frames[batch->count - 1]);
 }
 
-// A send_queue counts the bytes that ZeroMQ holds for one peer, and all_queued those for all.
-typedef struct { int64_t bytes; int references; } send_queue;
+// A waker wakes a broker when a peer has read. It is never freed: ZeroMQ may still hold messages.
+typedef struct { pthread_mutex_t mutex; int fd, woken; } waker;
+
+static waker *new_waker(int fd) {
+	waker *w = calloc(1, sizeof *w);
+	pthread_mutex_init(&w->mutex, NULL);
+	w->fd = fd;
+	return w;
+}
+
+static void wake(waker *w) {
+	pthread_mutex_lock(&w->mutex);
+	if (!w->woken && w->fd != -1)
+		w->woken = write(w->fd, "", 1) == 1;
+	pthread_mutex_unlock(&w->mutex);
+}
+
+// take_wake tells whether there was a wake since the last time.
+static int take_wake(waker *w) {
+	pthread_mutex_lock(&w->mutex);
+	int woken = w->woken;
+	w->woken = 0;
+	pthread_mutex_unlock(&w->mutex);
+	return woken;
+}
+
+static void close_waker(waker *w) {
+	pthread_mutex_lock(&w->mutex);
+	w->fd = -1;
+	pthread_mutex_unlock(&w->mutex);
+}
+
+// A send_queue counts the bytes that ZeroMQ holds for one peer, and all_queued those for all. Its waker is
+// told once when no more than low bytes are left, unless that is -1.
+typedef struct { int64_t bytes, low; waker *waker; int references; } send_queue;
 static int64_t all_queued;
 
-static send_queue *new_queue(void) {
+static send_queue *new_queue(waker *waker) {
 	send_queue *queue = calloc(1, sizeof *queue);
 	queue->references = 1;
+	queue->low = -1;
+	queue->waker = waker;
 	return queue;
 }
 
@@ -78,11 +114,23 @@ static int64_t queued(int64_t *bytes) { return __atomic_load_n(bytes, __ATOMIC_R
 static int64_t queued_for(send_queue *queue) { return queued(&queue->bytes); }
 static int64_t queued_for_all(void) { return queued(&all_queued); }
 
+static void wake_if_low(send_queue *queue) {
+	int64_t low = __atomic_load_n(&queue->low, __ATOMIC_SEQ_CST);
+	if (low >= 0 && __atomic_load_n(&queue->bytes, __ATOMIC_SEQ_CST) <= low &&
+	    __atomic_compare_exchange_n(&queue->low, &low, -1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+		wake(queue->waker);
+}
+
+static void notify_when_low(send_queue *queue, int64_t low) {
+	__atomic_store_n(&queue->low, low, __ATOMIC_SEQ_CST);
+	wake_if_low(queue); // It may have become that low before.
+}
+
 // A counted_frame is the last frame of a message, and what the whole message costs.
 typedef struct { send_queue *queue; int64_t cost; char data[]; } counted_frame;
 
 static void count_queued(send_queue *queue, int64_t cost) {
-	__atomic_add_fetch(&queue->bytes, cost, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&queue->bytes, cost, __ATOMIC_SEQ_CST);
 	__atomic_add_fetch(&all_queued, cost, __ATOMIC_RELAXED);
 }
 
@@ -92,6 +140,7 @@ static void free_counted(void *data, void *hint) {
 	counted_frame *frame = hint;
 	(void)data;
 	count_queued(frame->queue, -frame->cost);
+	wake_if_low(frame->queue);
 	release_queue(frame->queue);
 	free(frame);
 }
@@ -363,12 +412,28 @@ func (s *socket) sendCounted(frames [][]byte, queue *sendQueue) error {
 // A sendQueue counts the bytes that ZeroMQ holds for one peer.
 type sendQueue struct{ counter *C.send_queue }
 
-func newSendQueue() *sendQueue { return &sendQueue{C.new_queue()} }
+func newSendQueue(w *queueWaker) *sendQueue { return &sendQueue{C.new_queue(w.waker)} }
 
 func (q *sendQueue) size() size { return size(C.queued_for(q.counter)) }
 
+// notify wakes the waker of the queue once it is down to low bytes or less.
+func (q *sendQueue) notify(low size) { C.notify_when_low(q.counter, C.int64_t(low)) }
+
 // close ends the use of the queue. ZeroMQ keeps it for what it still holds.
 func (q *sendQueue) close() { C.release_queue(q.counter) }
+
+// A queueWaker wakes a pollWaiter when a queue is as low as its notify wants it.
+type queueWaker struct{ waker *C.waker }
+
+func newQueueWaker(w *pollWaiter) *queueWaker {
+	return &queueWaker{C.new_waker(C.int(w.wakeFd))}
+}
+
+// woken tells whether the waiter was woken since the last time.
+func (w *queueWaker) woken() bool { return C.take_wake(w.waker) != 0 }
+
+// close ends the use of the waiter. ZeroMQ may still hold messages.
+func (w *queueWaker) close() { C.close_waker(w.waker) }
 
 // queuedForAll returns the bytes in all queues.
 func queuedForAll() size { return size(C.queued_for_all()) }
@@ -517,6 +582,7 @@ type pollWaiter struct {
 	woken   atomic.Bool
 	pipe    [2]*os.File // closed when the waiter is garbage
 	fd      C.int       // of the end to read
+	wakeFd  int         // of the end to write
 	err     error       // why there is no pipe
 	sockets []C.waited_socket
 }
@@ -528,9 +594,9 @@ func newPollWaiter() *pollWaiter {
 		return ends, syscall.Pipe(ends)
 	})
 	if err != nil {
-		return &pollWaiter{err: fmt.Errorf("open a pipe: %w", err)}
+		return &pollWaiter{wakeFd: -1, err: fmt.Errorf("open a pipe: %w", err)}
 	}
-	w := &pollWaiter{fd: C.int(ends[0])}
+	w := &pollWaiter{fd: C.int(ends[0]), wakeFd: ends[1]}
 	for i, end := range ends {
 		w.pipe[i] = os.NewFile(uintptr(end), "wake")
 	}
