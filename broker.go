@@ -192,6 +192,7 @@ func listen(endpoints []string, maxMessage size, guard *guard) (*socket, []strin
 	if err != nil {
 		return nil, nil, err
 	}
+	router.lend()
 	err = errors.Join(
 		// A message to a peer that is gone fails, instead of vanishing.
 		router.SetRouterMandatory(1),

@@ -190,7 +190,8 @@ func (b *Broker) Knows(source int, identity []byte) bool {
 	return source < 0 || b.sources[source] == string(identity)
 }
 
-// Receive takes a message as the ROUTER received it, the identity of the peer first.
+// Receive takes a message as the ROUTER received it, the identity of the peer first. Its long frames are only
+// lent: what the broker keeps, it copies.
 func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 	if len(frames) == 0 {
 		return
@@ -298,6 +299,7 @@ func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, min
 
 // take accepts a request, which ends with end.
 func (b *Broker) take(r *brokerRequest) {
+	r.address, r.body = keep(r.address), keep(r.body)
 	r.token = b.nextToken(r.partials, b.grantOf(r.client.user).name)
 	r.number = b.lastToken
 	b.hold(r)

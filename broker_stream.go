@@ -48,7 +48,7 @@ func (b *Broker) gather(r *brokerRequest, body [][]byte) {
 		return
 	}
 	r.begun = true
-	r.gathered = append(r.gathered, body...)
+	r.gathered = append(r.gathered, keep(body)...)
 	r.cost += cost
 	r.client.held += cost
 	b.held += cost

@@ -353,6 +353,17 @@ func framesOf(texts []string) [][]byte {
 	return frames
 }
 
+// keep returns frames that stay when those that a socket has lent do not.
+func keep(frames [][]byte) [][]byte {
+	kept := slices.Clone(frames)
+	for i, frame := range kept {
+		if len(frame) >= maxJoined {
+			kept[i] = bytes.Clone(frame)
+		}
+	}
+	return kept
+}
+
 // costOf returns the bytes that holding the frames takes, roughly: each frame has a header.
 func costOf(frames [][]byte) size { return sizeOf(frames) + frameCost*size(len(frames)) }
 

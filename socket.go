@@ -11,6 +11,8 @@ package main
 #cgo nocallback send_frames
 #cgo noescape send_frames
 #cgo nocallback close_frames
+#cgo nocallback end_loans
+#cgo noescape end_loans
 #cgo noescape close_frames
 #cgo nocallback wait_for_events
 #cgo noescape wait_for_events
@@ -31,14 +33,39 @@ package main
 #include <unistd.h>
 #include <zmq.h>
 
-enum { MAX_FRAMES = 16 };
+enum { MAX_FRAMES = 16, MAX_LENT = 4, LONG_FRAME = 16 << 10 };
 
-// The frames of a message, or as many of them as there is room for.
+// The frames of a message, or as many of them as there is room for. With lends, long frames are lent until
+// the next message is received: they can be used, and sent, without a copy.
 typedef struct {
 	zmq_msg_t frames[MAX_FRAMES];
-	struct { void *data; size_t size; } views[MAX_FRAMES];
+	struct { void *data; size_t size; int lent; } views[MAX_FRAMES];
 	int count, more;
+	zmq_msg_t lent[MAX_LENT];
+	int lends, lent_count;
 } frame_batch;
+
+static void end_loans(frame_batch *batch) {
+	for (; batch->lent_count > 0; batch->lent_count--)
+		zmq_msg_close(&batch->lent[batch->lent_count - 1]);
+}
+
+// lend keeps a frame that was received until end_loans, if there is room.
+static int lend(frame_batch *batch, zmq_msg_t *frame) {
+	if (!batch->lends || batch->lent_count == MAX_LENT || zmq_msg_size(frame) < LONG_FRAME)
+		return 0;
+	zmq_msg_init(&batch->lent[batch->lent_count]);
+	zmq_msg_move(&batch->lent[batch->lent_count++], frame);
+	return 1;
+}
+
+// lent_frame returns the frame that was lent with its data there, or NULL.
+static zmq_msg_t *lent_frame(frame_batch *batch, const void *data) {
+	for (int i = 0; i < batch->lent_count; i++)
+		if (zmq_msg_data(&batch->lent[i]) == data)
+			return &batch->lent[i];
+	return NULL;
+}
 
 // receive_frames receives frames of one message. It returns 0 or an errno.
 static int receive_frames(uintptr_t socket, frame_batch *batch) {
@@ -51,6 +78,7 @@ static int receive_frames(uintptr_t socket, frame_batch *batch) {
 		batch->views[batch->count].data = zmq_msg_data(frame);
 		batch->views[batch->count].size = zmq_msg_size(frame);
 		batch->more = zmq_msg_more(frame);
+		batch->views[batch->count].lent = lend(batch, frame);
 	}
 	return 0;
 }
@@ -126,8 +154,9 @@ static void notify_when_low(send_queue *queue, int64_t low) {
 	wake_if_low(queue); // It may have become that low before.
 }
 
-// A counted_frame is the last frame of a message, and what the whole message costs.
-typedef struct { send_queue *queue; int64_t cost; char data[]; } counted_frame;
+// A counted_frame is the last frame of a message, and what the whole message costs. The data is here, or in
+// a frame that was lent.
+typedef struct { send_queue *queue; int64_t cost; zmq_msg_t lent; char data[]; } counted_frame;
 
 static void count_queued(send_queue *queue, int64_t cost) {
 	__atomic_add_fetch(&queue->bytes, cost, __ATOMIC_SEQ_CST);
@@ -142,11 +171,12 @@ static void free_counted(void *data, void *hint) {
 	count_queued(frame->queue, -frame->cost);
 	wake_if_low(frame->queue);
 	release_queue(frame->queue);
+	zmq_msg_close(&frame->lent);
 	free(frame);
 }
 
-static int send_counted(uintptr_t socket, const char *data, size_t size, send_queue *queue, int64_t cost) {
-	counted_frame *frame = malloc(sizeof *frame + size);
+static int send_counted(uintptr_t socket, const char *data, size_t size, zmq_msg_t *lent, send_queue *queue, int64_t cost) {
+	counted_frame *frame = malloc(sizeof *frame + (lent ? 0 : size));
 	zmq_msg_t message;
 
 	if (frame == NULL) {
@@ -157,8 +187,12 @@ static int send_counted(uintptr_t socket, const char *data, size_t size, send_qu
 	frame->cost = cost;
 	__atomic_add_fetch(&queue->references, 1, __ATOMIC_RELAXED);
 	count_queued(queue, cost);
-	memcpy(frame->data, data, size);
-	zmq_msg_init_data(&message, frame->data, size, free_counted, frame);
+	zmq_msg_init(&frame->lent);
+	if (lent)
+		zmq_msg_copy(&frame->lent, lent);
+	else
+		memcpy(frame->data, data, size);
+	zmq_msg_init_data(&message, lent ? zmq_msg_data(&frame->lent) : frame->data, size, free_counted, frame);
 	while (zmq_msg_send(&message, (void *)socket, ZMQ_DONTWAIT) == -1)
 		if (errno != EINTR) {
 			int failed = errno;
@@ -171,12 +205,13 @@ static int send_counted(uintptr_t socket, const char *data, size_t size, send_qu
 
 // send_frames sends frames that lie in memory one after the other; more tells whether frames of
 // the same message follow. If queue is not NULL, it counts the message, which costs so many bytes,
-// until ZeroMQ has written it. It returns 0 or an errno, which is negative if a frame was sent.
-static int send_frames(uintptr_t socket, const char *data, const size_t *sizes, int count, int more, send_queue *queue, int64_t cost) {
+// until ZeroMQ has written it. The frames of a batch that was received by the same socket may be lent. It
+// returns 0 or an errno, which is negative if a frame was sent.
+static int send_frames(uintptr_t socket, frame_batch *batch, const char *data, const size_t *sizes, int count, int more, send_queue *queue, int64_t cost) {
 	for (int i = 0; i < count; data += sizes[i++]) {
 		int flags = ZMQ_DONTWAIT | (more || i < count - 1 ? ZMQ_SNDMORE : 0);
 		if (queue && !(flags & ZMQ_SNDMORE)) {
-			if (send_counted(socket, data, sizes[i], queue, cost) == -1)
+			if (send_counted(socket, data, sizes[i], lent_frame(batch, data), queue, cost) == -1)
 				return i == 0 ? errno : -errno;
 			continue;
 		}
@@ -218,10 +253,13 @@ static uint64_t bytes_received(int fd) {
 	return 0;
 }
 
-// use_mmap lets free return the memory of long frames to the system at once.
+// use_mmap lets free return the memory of long frames to the system at once, and keep what parts of streams
+// need again and again.
 static void use_mmap(void) {
 #ifdef __GLIBC__
 	mallopt(M_MMAP_THRESHOLD, 128 << 10);
+	mallopt(M_TRIM_THRESHOLD, 8 << 20);
+	mallopt(M_TOP_PAD, 1 << 20);
 #endif
 }
 
@@ -273,6 +311,7 @@ static int wait_for_events(waited_socket *sockets, int count, int wake_fd, int t
 import "C"
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math"
@@ -358,6 +397,7 @@ func (s *socket) Close() {
 		s.monitor.Close()
 	}
 	s.Socket.Close()
+	C.end_loans(s.batch)
 	C.free(unsafe.Pointer(s.batch))
 	s.batch = nil
 }
@@ -369,7 +409,7 @@ var errWouldBlock = errors.New("the peer takes no messages")
 // maxJoined limits what is copied to save calls into C and allocations, in bytes: frames that are
 // sent together, and each of the received frames that share memory. A longer frame has memory of
 // its own, which no short one keeps from being freed.
-const maxJoined = 16 << 10
+const maxJoined = C.LONG_FRAME
 
 // send sends a message without waiting. After errWouldBlock nothing was sent. At a ROUTER, any other
 // error means that the peer is gone. At a DEALER it means that the connection broke within the
@@ -398,7 +438,7 @@ func (s *socket) sendCounted(frames [][]byte, queue *sendQueue) error {
 		}
 		frames = frames[n:]
 		more := C.int(min(1, len(frames)))
-		errno := C.send_frames(s.handle, (*C.char)(unsafe.Pointer(unsafe.SliceData(data))), &sizes[0], C.int(n), more, counter, cost)
+		errno := C.send_frames(s.handle, s.batch, (*C.char)(unsafe.Pointer(unsafe.SliceData(data))), &sizes[0], C.int(n), more, counter, cost)
 		switch {
 		case first && errno == C.EAGAIN:
 			return errWouldBlock
@@ -469,6 +509,7 @@ func (s *socket) receive() (frames [][]byte, err error) {
 // message with more than maxFrames is cut off one frame behind them.
 func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err error) {
 	s.drained, from.source = false, -1
+	C.end_loans(s.batch)
 	for more := true; more; {
 		errno := C.receive_frames(s.handle, s.batch)
 		if errno != 0 {
@@ -496,7 +537,11 @@ func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err
 	return frames[:min(len(frames), maxFrames+1)], from, nil
 }
 
-// appendCopies appends copies of the frames in a batch. Short ones share one allocation.
+// lend makes receive lend the long frames of a message, until the next one is received: they are not copied
+// then, nor when they are sent. Who keeps one must copy it.
+func (s *socket) lend() { s.batch.lends = 1 }
+
+// appendCopies appends copies of the frames in a batch, or those that are lent. Short ones share one allocation.
 func appendCopies(frames [][]byte, batch *C.frame_batch) [][]byte {
 	views := batch.views[:batch.count]
 	length := 0
@@ -508,13 +553,14 @@ func appendCopies(frames [][]byte, batch *C.frame_batch) [][]byte {
 	shared := make([]byte, length)
 	frames = slices.Grow(frames, len(views))
 	for _, view := range views {
-		var frame []byte
+		frame := unsafe.Slice((*byte)(view.data), view.size)
 		if view.size < maxJoined {
-			frame, shared = shared[:view.size:view.size], shared[view.size:]
-		} else {
-			frame = make([]byte, view.size)
+			short := shared[:view.size:view.size]
+			copy(short, frame)
+			frame, shared = short, shared[view.size:]
+		} else if view.lent == 0 {
+			frame = bytes.Clone(frame)
 		}
-		copy(frame, unsafe.Slice((*byte)(view.data), view.size))
 		frames = append(frames, frame)
 	}
 	return frames
