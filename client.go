@@ -30,6 +30,7 @@ and -- before an ARG that looks like a flag.
   -0, --null              use NUL bytes instead of newlines: after the lines of standard
                           input, and after the frames or replies on standard output
       --stdin             send all of standard input, as it is, as one last argument
+      --stream            print output as it comes; give up after too long a silence
       --retries N         after 69, 75 or 124, try again up to N times (0)
       --no-wait           end with 69 at once if nobody serves NAME
       --list              print the services of the broker
@@ -43,7 +44,6 @@ and -- before an ARG that looks like a flag.
   -v, --verbose           print a message for each request and reply
   -h, --help
       --version
-
   -e, --each              make a request of each line, which takes the place of an ARG
                           {}, or else follows the ARGs; end with 123 if any failed
   -j, --jobs N            have up to N requests in flight (16)
@@ -76,7 +76,7 @@ Examples:
   $ ls | brequest ls-service
   $ brequest ls-service -- -l /tmp
   $ brequest --stdin resize 800x600 <in.jpg >out.png
-  $ brequest --timeout 2 slow-service || echo "exit status $?"
+  $ brequest --stream make all || echo "exit status $?"
   $ find . -name '*.jpg' -print0 | brequest -0 --each --joblog thumbs thumb
 `
 
@@ -86,7 +86,8 @@ type requestTool struct {
 	NoInput  bool           `short:"n" xor:"input"`
 	Null     bool           `short:"0"`
 	AllInput bool           `name:"stdin" xor:"input"`
-	Retries  int            `default:"0"`
+	Stream   bool
+	Retries  int `default:"0"`
 	NoWait   bool
 	List     bool
 	eachFlags
@@ -137,6 +138,8 @@ func (t *requestTool) check() error {
 		return misuse("brequest --list", "--list takes no service name, no --each and no --no-wait")
 	case t.Name == "" && !t.List:
 		return misuse("brequest ls-service", "no service name")
+	case t.Stream && (t.Each || t.List):
+		return misuse("brequest --stream NAME, once for each", "--stream prints the output of one request; it does not go with --each or --list")
 	case t.Retries < 0:
 		return misuse("--retries 3", "--retries must be 0 or more, not %d", t.Retries)
 	}
@@ -175,12 +178,16 @@ func (t *requestTool) once(brokers []brokerAddress) error {
 	request := &call{service: t.Name, body: body, timeout: t.timeout(), retries: t.Retries}
 	status := newStatusLine(c, patience)
 	report := waitReport{client: client, service: t.Name, begin: time.Now()}
-	err = client.do(request, func() time.Time {
+	waits := func() (due time.Time) {
 		if report.changed() {
 			status.refresh()
 		}
 		return status.show(time.Second, report.text)
-	})
+	}
+	if t.Stream && !isManagement(t.Name) { // The broker itself answers in one piece.
+		return t.stream(client, request, status, waits)
+	}
+	err = client.do(request, waits)
 	status.hide()
 	restore()
 	switch {
@@ -272,23 +279,45 @@ func (t *requestTool) separator() []byte {
 	return []byte{'\n'}
 }
 
-// print writes a single frame as it is, and several with a separator after each. A terminal
-// gets a final newline.
-func (t *requestTool) print(stdout *os.File, frames [][]byte) error {
-	w := bufio.NewWriter(stdout)
+// An outputWriter writes replies to standard output: a single frame as it is, and several with a
+// separator after each. A terminal gets a final newline.
+type outputWriter struct {
+	*bufio.Writer
+	file       *os.File
+	separator  []byte
+	unfinished bool // the last byte was no newline
+}
+
+func (t *requestTool) outputTo(stdout *os.File) *outputWriter {
+	return &outputWriter{Writer: bufio.NewWriter(stdout), file: stdout, separator: t.separator()}
+}
+
+func (w *outputWriter) write(frames [][]byte) {
 	if len(frames) == 1 {
 		w.Write(frames[0])
-		unfinished := len(frames[0]) > 0 && !bytes.HasSuffix(frames[0], []byte("\n"))
-		if unfinished && isatty.IsTerminal(stdout.Fd()) {
-			w.WriteByte('\n')
+		if len(frames[0]) > 0 {
+			w.unfinished = !bytes.HasSuffix(frames[0], []byte("\n"))
 		}
-		return w.Flush()
+		return
 	}
 	for _, frame := range frames {
 		w.Write(frame)
-		w.Write(t.separator())
+		w.Write(w.separator)
+		w.unfinished = false
+	}
+}
+
+func (w *outputWriter) finish() error {
+	if w.unfinished && isatty.IsTerminal(w.file.Fd()) {
+		w.WriteByte('\n')
 	}
 	return w.Flush()
+}
+
+func (t *requestTool) print(stdout *os.File, frames [][]byte) error {
+	w := t.outputTo(stdout)
+	w.write(frames)
+	return w.finish()
 }
 
 // explain adds the name of the service to the error of a request. After a timeout it also asks the
@@ -367,6 +396,7 @@ type Client struct {
 	stop     context.Context
 	waiter   *pollWaiter
 	retrying func(c *call, pause time.Duration) // told of each retry; may be nil
+	options  []func(*socket) error              // of connections
 
 	// A broker that knows address stacks takes all calls over the one connection of the first lane.
 	// Otherwise there is a lane for each call in flight.
@@ -435,7 +465,7 @@ func (c *Client) connectLane(l *lane) error {
 	if i := slices.IndexFunc(c.lanes, (*lane).usable); i >= 0 {
 		address, l.endpoint = c.lanes[i].link.address, c.lanes[i].endpoint // whose name need not be looked up again
 	}
-	opened, err := dial(stop, "brequest", address)
+	opened, err := dial(stop, "brequest", address, c.options...)
 	if err != nil {
 		return err
 	}
@@ -550,6 +580,26 @@ func (c *Client) Cancel(request *call) {
 	}
 }
 
+// Written tells that parts of a call were written, so that the broker may send more. Their memory is used
+// again.
+func (c *Client) Written(request *call, parts []Reply) {
+	for _, l := range c.lanes {
+		if l.has(request) {
+			l.written(request, parts, time.Now())
+			for _, part := range parts {
+				l.link.reuse(part.Output)
+			}
+		}
+	}
+}
+
+// interruptible returns a function that ends the client's waiting with an error, as the end of stop does.
+func (c *Client) interruptible() (interrupt context.CancelCauseFunc) {
+	c.stop, interrupt = context.WithCancelCause(c.stop)
+	context.AfterFunc(c.stop, c.waiter.Wake)
+	return interrupt
+}
+
 // Abandon gives up all calls and disconnects. It waits a moment for the broker to confirm that it
 // dropped the calls that were in a queue. It returns those that ended meanwhile.
 func (c *Client) Abandon() []*call {
@@ -585,12 +635,12 @@ func (c *Client) step(until time.Time) error {
 				deadline = time.Now()
 			}
 		}
-		blocked := l.flush()
+		blocked := l.flush(time.Now())
 		deadline = earlier(deadline, l.deadline())
 		if l.link != nil {
-			l.link.blocked = blocked
+			l.link.blocked, l.link.paused = blocked, l.full()
 			sockets = append(sockets, l.link.socket)
-			if l.link.broken {
+			if l.link.broken && !l.link.paused {
 				deadline = time.Now()
 			}
 		}
@@ -642,7 +692,7 @@ func (l *lane) handle(now time.Time, expired bool) error {
 			return err
 		}
 	}
-	for l.conn != nil && (l.link.readable || l.link.broken) {
+	for l.conn != nil && !l.full() && (l.link.readable || l.link.broken) {
 		frames, err := l.link.receive()
 		if err != nil {
 			return err
@@ -652,7 +702,7 @@ func (l *lane) handle(now time.Time, expired bool) error {
 		}
 		l.receive(frames, now)
 	}
-	if l.link.broken {
+	if l.link.broken && !l.full() {
 		l.link.broken = false // ZeroMQ connects again.
 		l.lost(now)
 	}

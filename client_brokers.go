@@ -140,6 +140,7 @@ type seeker struct {
 	cancel  context.CancelFunc // of the looking up of names
 	known   chan func()        // what to do when a name was looked up
 	wake    func()
+	options []func(*socket) error // of connections
 }
 
 // newSeeker returns a seeker for a broker where a service is served.
@@ -178,7 +179,7 @@ func (s *seeker) lookUp(k *candidate) {
 		endpoint, err := lookUp(s.stop, k.address.endpoint)
 		s.known <- func() {
 			if err == nil {
-				k.link, err = dial(s.stop, "brequest", brokerAddress{endpoint, k.address.keys})
+				k.link, err = dial(s.stop, "brequest", brokerAddress{endpoint, k.address.keys}, s.options...)
 			}
 			if err != nil {
 				k.fail(err)
@@ -251,6 +252,7 @@ func (c *Client) seek() (sockets []*socket, due time.Time) {
 	}
 	if c.seeker == nil {
 		c.seeker = newSeeker(c.stop, slices.Concat(c.brokers[c.first:], c.brokers[:c.first]), c.service, c.waiter.Wake)
+		c.seeker.options = c.options
 		for _, k := range c.seeker.search {
 			k.rests = c.resting[k.address.endpoint]
 			if limit := c.lanes[i].due; !limit.IsZero() { // Some of the time is for the reply.

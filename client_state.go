@@ -19,6 +19,7 @@ type call struct {
 	retries int           // how often it is tried again after a temporary failure
 	patient bool          // while the broker refuses it, it is sent again within its timeout
 	mobile  bool          // another broker may get it, if one refuses it because it stops
+	stream  *callStream   // nil unless it takes partial replies
 
 	ended bool
 	reply Reply
@@ -65,7 +66,7 @@ var (
 	errLost = &failure{status: exitUnavailable, err: errors.New("lost the broker"),
 		hint: "the command may have run, or the request is longer than bbroker --max-message"}
 	errTimeout  = &failure{status: exitTimeout, err: errors.New("no reply")}
-	errProtocol = &failure{status: exitProtocol, err: errors.New("bad reply"), hint: "is that an MDP/0.1 broker?"}
+	errProtocol = &failure{status: exitProtocol, err: errors.New("bad reply"), hint: "is that an MDP broker?"}
 
 	errCancelled     = errors.New("cancelled")
 	errNoCorrelation = errors.New("it does not tell which request it is for")
@@ -116,6 +117,11 @@ type connection struct {
 	closing   time.Time        // when it is closed even if cancels are left; zero while it takes calls
 	draining  bool             // the broker is about to stop, and would refuse what is sent to it
 	failed    *call            // ends when the connection is closed; only without correlation
+
+	support     support   // of the broker for partial replies
+	answerDue   time.Time // when the broker should have told that; zero if nothing is asked or it is not there
+	asked       bool      // it was asked, perhaps before the connection broke
+	lateAnswers int       // to mmi.credit for calls that have ended; only without correlation
 }
 
 // cancelPatience is how long a connection waits for the broker to confirm that it dropped
@@ -138,12 +144,16 @@ func (r *caller) try(c *call, now time.Time) {
 		// What still comes for an earlier try must not end this one.
 		c.correlation = fmt.Sprintf("%d.%d", c.number, c.tries)
 	}
+	c.startTimeout(now)
+	r.due = earlier(r.due, c.due)
+	r.waiting = append(r.waiting, c)
+}
+
+func (c *call) startTimeout(now time.Time) {
 	c.due = time.Time{}
 	if c.timeout > 0 {
 		c.due = now.Add(c.timeout)
-		r.due = earlier(r.due, c.due)
 	}
-	r.waiting = append(r.waiting, c)
 }
 
 // busy tells whether the caller has calls.
@@ -160,12 +170,15 @@ func (r *caller) open(send func(frames [][]byte) error) {
 	r.held = holdBack{}
 }
 
-// flush sends the calls that wait, as long as the connection takes them. It tells whether to call
-// it again when the connection takes messages again.
-func (r *caller) flush() (blocked bool) {
-	for len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) && !(r.several && r.conn.cancels > 0) && r.held.allows(len(r.conn.inFlight)) {
+// flush sends the calls that wait, as long as the connection takes them, and what else is to be said. It
+// tells whether to call it again when the connection takes messages again.
+func (r *caller) flush(now time.Time) (blocked bool) {
+	for r.mayCall() {
 		c := r.waiting[0]
-		err := r.send(c.service, c.body, c.correlation)
+		if c.stream != nil && r.conn.support < supportNone {
+			return r.ask(now) || r.grant()
+		}
+		err := r.sendIn(r.dialectFor(c), c.service, c.body, c.correlation)
 		if err == errWouldBlock {
 			return true
 		}
@@ -174,11 +187,19 @@ func (r *caller) flush() (blocked bool) {
 		if err != nil {
 			return false // The connection broke within the message. lost is about to be called.
 		}
+		if c.stream != nil {
+			c.stream.reset(r.conn)
+		}
 		if r.conn.connected {
 			c.release()
 		}
 	}
-	return false
+	return r.grant()
+}
+
+// mayCall tells whether there is a call to be sent, and a connection that takes it.
+func (r *caller) mayCall() bool {
+	return len(r.waiting) > 0 && r.conn != nil && r.conn.takesCalls(r.correlated) && !(r.several && r.conn.cancels > 0) && r.held.allows(len(r.conn.inFlight))
 }
 
 // takesCalls tells whether another call may be sent over the connection, which may be nil: then it is
@@ -208,8 +229,9 @@ func (c *call) release() {
 	}
 }
 
-func (r *caller) send(service string, body [][]byte, correlation string) error {
-	m := Message{Dialect: client01, Kind: KindRequest, Service: []byte(service), Body: body}
+// sendIn sends a request in a dialect of clients.
+func (r *caller) sendIn(dialect Dialect, service string, body [][]byte, correlation string) error {
+	m := Message{Dialect: dialect, Kind: KindRequest, Service: []byte(service), Body: body}
 	if correlation != "" {
 		m.Address = [][]byte{[]byte(correlation)}
 	}
@@ -219,7 +241,7 @@ func (r *caller) send(service string, body [][]byte, correlation string) error {
 // sendCancel asks the broker to drop a request if it has not begun, or all of them if the
 // correlation is empty.
 func (r *caller) sendCancel(correlation string, now time.Time) {
-	if err := r.send(mmiCancel, emptyBody, correlation); err == nil {
+	if err := r.sendIn(r.conn.streamDialect(), mmiCancel, emptyBody, correlation); err == nil {
 		if r.conn.cancels++; r.conn.cancels == 1 {
 			r.conn.cancelled = now
 		}
@@ -230,18 +252,17 @@ func (r *caller) sendCancel(correlation string, now time.Time) {
 func (r *caller) receive(frames [][]byte, now time.Time) {
 	r.setConnected() // The monitor does not report peers that speak ZMTP 2.
 	m, err := Parse(frames)
-	correlation := ""
-	if err == nil && r.several && string(m.Service) == mmiService && len(m.Address) == 0 && !r.asks(mmiService) {
-		return // It answers a question of the search, late.
+	if r.takeAnswer(m) {
+		return
 	}
+	m, err = r.complete(m, frames, err)
+	c := r.conn.inFlight[r.correlationOf(m)]
+	hasPartials := m.Dialect.hasPartials()
 	switch {
 	case err != nil:
-	case m.Dialect != client01:
+	case !m.Dialect.ofClient(), hasPartials && m.Kind == KindRequest, hasPartials && c != nil && (c.stream == nil || !c.stream.dialect.hasPartials()):
 		err = fmt.Errorf("an unexpected %v", m.Kind)
-	case !r.correlated:
-	case len(m.Address) == 1:
-		correlation = string(m.Address[0])
-	case string(m.Service) != mmiCancel:
+	case r.correlated && len(m.Address) != 1 && string(m.Service) != mmiCancel:
 		err = errNoCorrelation
 	}
 	if err != nil {
@@ -249,7 +270,6 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 		return
 	}
 
-	c := r.conn.inFlight[correlation]
 	switch {
 	case string(m.Service) == mmiCancel && (c == nil || c.service != mmiCancel):
 		r.conn.cancels--
@@ -258,10 +278,14 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 			r.end(c, Reply{}, errCancelled, now)
 		}
 		r.closeIfDone(now)
+	case string(m.Service) == mmiCredit && (c == nil || c.service != mmiCredit):
+		r.creditAnswered(c, m.Body)
 	case c == nil:
 		// It comes too late.
 	case string(m.Service) != c.service:
 		r.end(c, Reply{}, fmt.Errorf("%w from %s: it is from service %q", errProtocol, r.endpoint, m.Service), now)
+	case m.Kind == KindPartial:
+		r.takePart(c, ParseReply(m.Body))
 	default:
 		reply := ParseReply(m.Body)
 		if reply.FromBroker && bytes.HasSuffix(reply.Stderr, []byte(shuttingDown+"\n")) {
@@ -270,6 +294,14 @@ func (r *caller) receive(frames [][]byte, now time.Time) {
 		r.end(c, reply, nil, now)
 	}
 	r.leaveIfDone()
+}
+
+// correlationOf returns the correlation of the call that a message is for.
+func (r *caller) correlationOf(m Message) string {
+	if r.correlated && len(m.Address) == 1 {
+		return string(m.Address[0])
+	}
+	return ""
 }
 
 // leaveIfDone drops the connection to a broker that is about to stop, when it owes no reply.
@@ -324,6 +356,7 @@ func (r *caller) lost(now time.Time) {
 		return
 	}
 	r.conn.connected, r.conn.draining, r.conn.cancels = false, false, 0
+	r.conn.support, r.conn.answerDue, r.conn.lateAnswers = supportUnknown, time.Time{}, 0 // Another broker may come.
 	r.held = holdBack{}
 	r.closeIfDone(now)
 	r.fail(fmt.Errorf("%w at %s before its reply", errLost, r.endpoint), now)
@@ -372,6 +405,9 @@ func (r *caller) end(c *call, reply Reply, err error, now time.Time) {
 			r.conn.failed = c
 			r.close(now)
 			return
+		}
+		if c.stream != nil && c.stream.granting {
+			r.conn.lateAnswers++
 		}
 	}
 	r.conclude(c, now)
@@ -496,6 +532,9 @@ func (r *caller) abandon(now time.Time) {
 	for _, c := range r.conn.inFlight {
 		c.retries, c.patient, c.mobile = 0, false, false
 		queued = queued || c.mayQueue()
+		if c.stream != nil {
+			delete(r.conn.inFlight, c.correlation) // More parts are for nobody.
+		}
 	}
 	if queued && r.conn.connected {
 		r.sendCancel("", now)
@@ -525,7 +564,7 @@ func (r *caller) deadline() time.Time {
 	if r.conn == nil {
 		return r.due
 	}
-	due := earlier(r.due, r.conn.closing)
+	due := earlier(earlier(r.due, r.conn.closing), r.conn.answerDue)
 	if r.several && r.conn.cancels > 0 {
 		due = earlier(due, r.conn.cancelled.Add(brokerPatience))
 		if len(r.waiting) > 0 {
@@ -538,6 +577,7 @@ func (r *caller) deadline() time.Time {
 // tick does what is due.
 func (r *caller) tick(now time.Time) {
 	r.closeIfDone(now)
+	r.doubt(now)
 	if k := r.conn; r.several && k != nil && k.cancels > 0 {
 		// The answer waits behind a long frame. Bytes that arrive are a sign of life as well.
 		if n := k.received(); n != k.heard {
@@ -580,7 +620,7 @@ func (r *caller) expire(now time.Time) {
 		if c.mayQueue() {
 			r.sendCancel(c.correlation, now)
 		}
-		r.end(c, Reply{}, fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout), now)
+		r.end(c, Reply{}, c.silence(r.endpoint), now)
 	}
 	r.waiting, overdue = split(r.waiting, timeout)
 	for _, c := range overdue {
@@ -590,7 +630,7 @@ func (r *caller) expire(now time.Time) {
 		}
 		err := fmt.Errorf("%w at %s within %v", errNoBroker, r.endpoint, c.timeout)
 		if r.conn != nil && r.conn.connected {
-			err = fmt.Errorf("%w from %s within %v", errTimeout, r.endpoint, c.timeout)
+			err = c.silence(r.endpoint)
 		}
 		r.end(c, Reply{}, err, now)
 	}

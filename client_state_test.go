@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -38,7 +39,7 @@ func (f *fakeConnection) settle() {
 			return f.err
 		})
 	}
-	f.flush()
+	f.flush(f.clock)
 	for _, c := range f.takeEnded() {
 		outcome := fmt.Sprintf("%s: %q %d", c.service, spell(c.reply.Output), c.status())
 		if c.err != nil {
@@ -627,16 +628,20 @@ func TestBadRepliesEndTheCallsInFlight(t *testing.T) {
 
 // FuzzCaller lets a caller, its connection and its broker do what they like, and checks that every
 // call ends exactly once and with its own reply, and that a broker gets each request as it was asked
-// for and none after its end. Two bytes of the input are a step.
+// for and none after its end. Partial replies reach exactly their call, in order and none after its end. At
+// most one grant is unanswered, and no more parts are granted than were written. Two bytes of the input are
+// a step.
 func FuzzCaller(f *testing.F) {
-	f.Add([]byte("\x01\x00\x00\x03\x02\x00\x04\x00"))                         // a call, a broker, the reply
-	f.Add([]byte("\x01\x00\x00\x03\x00\x07\x02\x00\x03\x00\x02\x00\x05\x20")) // the connection breaks; retries
-	f.Add([]byte("\x00\x00\x00\x12\x05\x20\x02\x00\x05\x20\x06\x00\x08\x00")) // timeouts, cancels, abandon
+	f.Add([]byte("\x01\x00\x00\x03\x02\x00\x04\x00"))                                                     // a call, a broker, the reply
+	f.Add([]byte("\x01\x00\x00\x03\x00\x07\x02\x00\x03\x00\x02\x00\x05\x20"))                             // the connection breaks; retries
+	f.Add([]byte("\x00\x00\x00\x12\x05\x20\x02\x00\x05\x20\x06\x00\x08\x00"))                             // timeouts, cancels, abandon
+	f.Add([]byte("\x00\x0a\x00\x02\x00\x0b\x00\x0b\x00\x0c\x00\x0c\x00\x0d\x02\x0b\x01\x0c\x00\x04\x00")) // a stream with credit
+	f.Add([]byte("\x01\x0a\x00\x0a\x21\x02\x00\x06\x05\x0b\x02\x0c\x00\x0d\x01\x0c\x01\x03\x00\x02\x00")) // one without
 	f.Fuzz(func(t *testing.T, steps []byte) {
 		if len(steps) == 0 {
 			return
 		}
-		w := &clientWorld{fakeConnection: newFakeConnection(t, steps[0]%2 == 1), calls: map[string]*call{}, ends: map[*call]int{}, cancelled: map[*call]bool{}}
+		w := &clientWorld{fakeConnection: newFakeConnection(t, steps[0]%2 == 1), calls: map[string]*call{}, ends: map[*call]int{}, cancelled: map[*call]bool{}, streams: map[*call]*fuzzedStream{}, partsSent: map[string]int{}}
 		for steps = steps[1:]; len(steps) >= 2; steps = steps[2:] {
 			w.step(steps[0], steps[1])
 			w.check()
@@ -662,6 +667,80 @@ type clientWorld struct {
 	unsent    [][]string // waits in the socket for a broker
 	requests  [][]string // the broker has these, and has not answered them
 	abandoned bool       // from now on calls need not end
+	streams   map[*call]*fuzzedStream
+	partsSent map[string]int // by request
+	grants    []fuzzedGrant  // the broker has these, and has not answered them
+	questions [][]string     // and these
+}
+
+// A fuzzedStream is what became of the parts for a call.
+type fuzzedStream struct {
+	taken     int
+	unwritten []Reply // of them
+	try       *fuzzedTry
+}
+
+// A fuzzedTry is what was granted for one of its tries.
+type fuzzedTry struct {
+	granted    int
+	unanswered bool // there is a grant that is
+}
+
+// A fuzzedGrant is a grant as the broker has it.
+type fuzzedGrant struct {
+	message []string
+	try     *fuzzedTry
+}
+
+// serviceAt returns the place of the name of the service in a client's message.
+func serviceAt(message []string) int {
+	if i := slices.Index(message, "MDPC02"); i >= 0 {
+		return i + 2
+	}
+	return slices.Index(message, "MDPC01") + 1
+}
+
+// answerTo returns a reply to a request, in its dialect.
+func answerTo(request []string, body ...string) []string {
+	at := serviceAt(request)
+	reply := slices.Clone(request[:at+1])
+	if reply[at-1] == "\x01" {
+		reply[at-1] = "\x03"
+	}
+	return append(reply, body...)
+}
+
+// beginStream begins a call that takes partial replies, and checks those.
+func (w *clientWorld) beginStream(c *call, body string) {
+	s := &fuzzedStream{}
+	w.streams[c] = s
+	c.stream = &callStream{take: func(part Reply) {
+		want := fmt.Sprintf("part %d of %s %s", s.taken, c.correlation, body)
+		if got := string(part.Output[0]); got != want || w.ends[c] > 0 {
+			w.t.Fatalf("%+v got %q, want %q, and ended %d times", c, got, want, w.ends[c])
+		}
+		s.taken++
+		s.unwritten = append(s.unwritten, part)
+	}}
+}
+
+// deliverGrant brings a grant to the broker.
+func (w *clientWorld) deliverGrant(message []string) {
+	correlation := ""
+	if w.correlated {
+		correlation = message[0]
+	}
+	c := w.conn.inFlight[correlation]
+	s := w.streams[c]
+	n, err := strconv.Atoi(message[len(message)-1])
+	if s == nil || err != nil || s.try.unanswered {
+		w.t.Fatalf("%q was sent for %+v, %+v", message, c, s)
+	}
+	s.try.unanswered = true
+	if s.try.granted += n; s.try.granted > s.taken-len(s.unwritten) {
+		w.t.Fatalf("%d parts were granted, and %d written", s.try.granted, s.taken-len(s.unwritten))
+	}
+	w.grants = append(w.grants, fuzzedGrant{message, s.try})
 }
 
 func (w *clientWorld) send(frames [][]byte) error {
@@ -678,11 +757,20 @@ func (w *clientWorld) deliver() {
 	for w.there && len(w.unsent) > 0 {
 		message := w.unsent[0]
 		w.unsent = w.unsent[1:]
+		at := serviceAt(message)
+		switch message[at] {
+		case "mmi.service":
+			w.questions = append(w.questions, message)
+			continue
+		case "mmi.credit":
+			w.deliverGrant(message)
+			continue
+		}
 		w.requests = append(w.requests, message)
-		at := slices.Index(message, "MDPC01") + 1
 		if message[at] == "mmi.cancel" {
 			continue
 		}
+		w.partsSent[strings.Join(message, " ")] = 0
 		c := w.calls[message[len(message)-1]]
 		if c == nil || len(message) != at+2 || message[at] != c.service {
 			w.t.Fatalf("nobody asked for %q", message)
@@ -690,15 +778,24 @@ func (w *clientWorld) deliver() {
 		if w.ends[c] > 0 {
 			w.t.Fatalf("%q was sent after its end", message)
 		}
+		if s := w.streams[c]; s != nil {
+			if s.taken > 0 {
+				w.t.Fatalf("%q was sent after its first part", message)
+			}
+			s.try = &fuzzedTry{}
+		}
 	}
 }
 
 func (w *clientWorld) step(what, which byte) {
-	switch what % 10 {
-	case 0, 1:
+	switch what % 14 {
+	case 0, 1, 10:
 		body := fmt.Sprint("body ", len(w.calls))
 		c := &call{service: fmt.Sprint("s", which%3), body: frames(body), timeout: time.Duration(which>>4) * time.Second, retries: int(which % 4), patient: which%8 > 3}
 		w.calls[body] = c
+		if what%14 == 10 {
+			w.beginStream(c, body)
+		}
 		w.begin(c, w.clock)
 	case 2:
 		if w.conn != nil {
@@ -711,20 +808,20 @@ func (w *clientWorld) step(what, which byte) {
 	case 4, 5:
 		if w.there && len(w.requests) > 0 {
 			at := int(which) % len(w.requests)
-			reply := slices.Clone(w.requests[at])
+			request := w.requests[at]
 			w.requests = slices.Delete(w.requests, at, at+1)
-			head := slices.Index(reply, "MDPC01") + 2
+			var body []string
 			switch {
-			case reply[head-1] == "mmi.cancel":
-				reply = append(reply[:head], []string{"200", "404"}[what%2])
+			case request[serviceAt(request)] == "mmi.cancel":
+				body = []string{[]string{"200", "404"}[what%2]}
 			case which > 220:
-				reply = append(reply[:head], refusal([]string{"the queue is full", shuttingDown}[what%2])...)
+				body = refusal([]string{"the queue is full", shuttingDown}[what%2])
 			case which > 200:
-				reply = append(reply[:head], "", "", "exit status 75")
+				body = []string{"", "", "exit status 75"}
 			default:
-				reply[head] = "reply to " + reply[head]
+				body = []string{"reply to " + request[len(request)-1]}
 			}
-			w.receive(frames(reply...), w.clock)
+			w.receive(frames(answerTo(request, body...)...), w.clock)
 		}
 	case 6:
 		w.clock = w.clock.Add(time.Duration(which) * 50 * time.Millisecond)
@@ -736,33 +833,76 @@ func (w *clientWorld) step(what, which byte) {
 	case 8:
 		w.err = []error{nil, errWouldBlock, errors.New("broken pipe"), nil}[which%4]
 	case 9:
-		bad := [][]string{{}, {""}, {"99", "", "MDPC01", "s0", "whose?"}, {"", "MDPC01", "nobody"},
+		bad := [][]string{{}, {""}, {"MDPC02"}, {"MDPC02", "\x01", "s0"}, {"MDPC02", "\x03", "mmi.service", "200"}, {"99", "", "MDPC01", "s0", "whose?"}, {"", "MDPC01", "nobody"},
 			{"", "MDPW01", "\x04"}, {"", "MDPC01", "mmi.cancel", "200"}, {"1.1", "", "MDPC01", "mmi.cancel", "200"}}
 		if message := bad[int(which)%len(bad)]; w.there && (w.correlated || !slices.Contains(message, "99")) {
 			w.receive(frames(message...), w.clock)
+		}
+	case 11:
+		streams := slices.DeleteFunc(slices.Clone(w.requests), func(request []string) bool {
+			return !slices.Contains(request, "MDPC02") || slices.Contains(request, "mmi.cancel")
+		})
+		if w.there && len(streams) > 0 {
+			request := streams[int(which)%len(streams)]
+			key, correlation := strings.Join(request, " "), ""
+			if w.correlated {
+				correlation = request[0]
+			}
+			part := answerTo(request, fmt.Sprintf("part %d of %s %s", w.partsSent[key], correlation, request[len(request)-1]))
+			part[serviceAt(part)-1] = "\x02"
+			w.partsSent[key]++
+			w.receive(frames(part...), w.clock)
+		}
+	case 12:
+		c := w.calls[fmt.Sprint("body ", which>>2)]
+		if s := w.streams[c]; s != nil {
+			n := min(len(s.unwritten), int(which%4))
+			parts := s.unwritten[:n]
+			s.unwritten = s.unwritten[n:]
+			w.written(c, parts, w.clock)
+		}
+	case 13:
+		code := []string{"200", "404", "400"}[which>>1%3]
+		switch {
+		case !w.there:
+		case which%2 == 0 && len(w.questions) > 0:
+			question := w.questions[0]
+			w.questions = w.questions[1:]
+			w.receive(frames(answerTo(question, code)...), w.clock)
+		case which%2 == 1 && len(w.grants) > 0:
+			grant := w.grants[0]
+			w.grants = w.grants[1:]
+			grant.try.unanswered = false
+			w.receive(frames(answerTo(grant.message, code)...), w.clock)
 		}
 	}
 	w.settle()
 }
 
 func (w *clientWorld) breaks() {
-	w.there = false
+	w.there, w.questions, w.grants = false, nil, nil
 	w.lost(w.clock)
 }
 
 // settle does what the loop does around each event.
 func (w *clientWorld) settle() {
 	w.tick(w.clock)
-	if w.conn == nil {
-		w.there, w.unsent, w.requests = false, nil, nil
-	}
+	w.closeDropped()
 	if w.needsConnection() {
 		w.open(w.send)
 	}
-	w.flush()
+	w.flush(w.clock)
+	w.closeDropped()
 	if w.err != nil && w.err != errWouldBlock && w.conn != nil && len(w.conn.inFlight) > 0 {
 		w.err = nil
 		w.breaks()
+	}
+}
+
+// closeDropped closes a connection that the caller has dropped.
+func (w *clientWorld) closeDropped() {
+	if w.conn == nil {
+		w.there, w.unsent, w.requests, w.questions, w.grants = false, nil, nil, nil, nil
 	}
 }
 

@@ -192,6 +192,15 @@ func Parse(frames [][]byte) (Message, error) {
 	return m, nil
 }
 
+// afterCommand returns all frames of a message of MDP/0.2 behind its command.
+func (m Message) afterCommand(frames [][]byte) [][]byte {
+	command := len(m.Address) + 1
+	if dialects[m.Dialect].delimited {
+		command++
+	}
+	return frames[command+1:]
+}
+
 // cutAtProtocol splits a message around the name of its protocol. The address ends before the first empty
 // frame, or before a name of MDP/0.2.
 func cutAtProtocol(frames [][]byte) (d Dialect, address, rest [][]byte, ok bool) {

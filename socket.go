@@ -263,6 +263,13 @@ static void use_mmap(void) {
 #endif
 }
 
+// keep_memory keeps what is free at the end of the heap for the next frames.
+static void keep_memory(void) {
+#ifdef __GLIBC__
+	mallopt(M_TRIM_THRESHOLD, 8 << 20);
+#endif
+}
+
 // trim_memory returns what else is free.
 static void trim_memory(void) {
 #ifdef __GLIBC__
@@ -311,7 +318,6 @@ static int wait_for_events(waited_socket *sockets, int count, int wake_fd, int t
 import "C"
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"math"
@@ -335,11 +341,13 @@ type socket struct {
 	handle  C.uintptr_t
 	fd      C.int // readable when there may be new messages
 	batch   *C.frame_batch
-	sending []byte // short frames, joined
-	drained bool   // no message is left, until fd becomes readable
+	sending []byte   // short frames, joined
+	spare   [][]byte // memory of long frames that were received
+	drained bool     // no message is left, until fd becomes readable
 	// knowsUsers tells that a ZAP handler admits the peers, so that messages have a user.
 	knowsUsers bool
 	blocked    bool // a wait ends when a message can be sent
+	paused     bool // a wait does not end when a message can be received
 
 	// What the last wait found: perhaps a message, and perhaps an event of the monitor.
 	readable, monitored bool
@@ -485,6 +493,9 @@ func bytesReceived(source int) uint64 { return uint64(C.bytes_received(C.int(sou
 // returnLongFrames lets ZeroMQ return the memory of long frames to the system at once.
 func returnLongFrames() { C.use_mmap() }
 
+// keepMemory lets ZeroMQ keep memory for the next frames, rather than return it to the system at once.
+func keepMemory() { C.keep_memory() }
+
 // trimMemory returns what else C has freed.
 func trimMemory() { C.trim_memory() }
 
@@ -529,7 +540,7 @@ func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err
 			}
 		}
 		if len(frames) <= maxFrames {
-			frames = appendCopies(frames, s.batch)
+			frames = s.appendCopies(frames)
 		}
 		more = s.batch.more != 0
 		C.close_frames(s.batch)
@@ -541,8 +552,34 @@ func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err
 // then, nor when they are sent. Who keeps one must copy it.
 func (s *socket) lend() { s.batch.lends = 1 }
 
-// appendCopies appends copies of the frames in a batch, or those that are lent. Short ones share one allocation.
-func appendCopies(frames [][]byte, batch *C.frame_batch) [][]byte {
+// maxSpare is how many frames the memory of which is used again a socket keeps at most.
+const maxSpare = 64
+
+// reuse takes long frames that were received and are no longer needed. Frames to come have their memory.
+func (s *socket) reuse(frames [][]byte) {
+	for _, frame := range frames {
+		if cap(frame) >= maxJoined && len(s.spare) < maxSpare {
+			s.spare = append(s.spare, frame)
+		}
+	}
+}
+
+// room returns memory to append a long frame to.
+func (s *socket) room(length int) []byte {
+	if last := len(s.spare) - 1; last >= 0 {
+		frame := s.spare[last]
+		s.spare = s.spare[:last]
+		if cap(frame) >= length {
+			return frame[:0]
+		}
+	}
+	return nil
+}
+
+// appendCopies appends copies of the frames in the batch, or those that are lent. Short ones share one
+// allocation.
+func (s *socket) appendCopies(frames [][]byte) [][]byte {
+	batch := s.batch
 	views := batch.views[:batch.count]
 	length := 0
 	for _, view := range views {
@@ -559,7 +596,7 @@ func appendCopies(frames [][]byte, batch *C.frame_batch) [][]byte {
 			copy(short, frame)
 			frame, shared = short, shared[view.size:]
 		} else if view.lent == 0 {
-			frame = bytes.Clone(frame)
+			frame = append(s.room(int(view.size)), frame...)
 		}
 		frames = append(frames, frame)
 	}
@@ -677,7 +714,12 @@ func (w *pollWaiter) Wait(deadline time.Time, sockets ...*socket) error {
 		if s.blocked {
 			wanted |= C.ZMQ_POLLOUT
 		}
-		w.sockets = append(w.sockets, C.waited_socket{socket: s.handle, wanted: wanted, fd: s.fd, monitor_fd: s.monitorFd})
+		fd := s.fd
+		if s.paused {
+			wanted &^= C.ZMQ_POLLIN
+			fd = -1
+		}
+		w.sockets = append(w.sockets, C.waited_socket{socket: s.handle, wanted: wanted, fd: fd, monitor_fd: s.monitorFd})
 	}
 	woken := C.wait_for_events(unsafe.SliceData(w.sockets), C.int(len(w.sockets)), w.fd, timeout)
 	if woken < 0 {
