@@ -242,7 +242,8 @@ func (s *size) Decode(ctx *kong.DecodeContext) error {
 		digits, shift = text[:i], 10*(1+strings.IndexByte("KMG", text[i]))
 	}
 	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || n < 1 || n > math.MaxInt64>>shift {
+	unbounded := n == 0 && ctx.Value.Tag.Has("unbounded") // 0 means no bound
+	if err != nil || n < 1 && !unbounded || n > math.MaxInt64>>shift {
 		return fmt.Errorf("%q is not a size such as 1000000, 64K, 256M or 1G", text)
 	}
 	*s = size(n << shift)

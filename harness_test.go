@@ -390,7 +390,7 @@ func startBroker(t testing.TB, heartbeat time.Duration) (endpoint string) {
 
 // newService returns a service with one broker and one job, without a log.
 func newService(name, endpoint string, answer func(token string, body [][]byte) Reply) *Service {
-	handler := func(_ brokerAddress, token string, body [][]byte) Reply { return answer(token, body) }
+	handler := func(r Request) Reply { return answer(r.Token, r.Body) }
 	s := &Service{Name: name, Broker: brokerAddress{endpoint: endpoint}, Slots: newSlots(handler)}
 	s.logTo(noLog, true, false)
 	return s
@@ -399,7 +399,12 @@ func newService(name, endpoint string, answer func(token string, body [][]byte) 
 // startService runs the service echo in this process until stop is called or the test ends.
 func startService(t testing.TB, endpoint string, answer func(token string, body [][]byte) Reply) (stop func()) {
 	t.Helper()
-	s := newService("echo", endpoint, answer)
+	return serve(t, newService("echo", endpoint, answer))
+}
+
+// serve does the same with a service.
+func serve(t testing.TB, s *Service) (stop func()) {
+	t.Helper()
 	s.heartbeatFlags = heartbeatFlags{Heartbeat: 50 * time.Millisecond, Liveness: 100}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)

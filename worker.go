@@ -27,12 +27,12 @@ and its exit status.
   -j, --jobs N           serve up to N requests at a time in all (1); 0 is one per core
       --stdin            use the last argument of a request as standard input instead
       --timeout DURATION
-                         end a command that takes longer, with status 124 (none; 30s
-                         with --coproc)
+                         end a command that takes longer (none; with --coproc: 30s)
+      --cancel           end a command when its client gives up or is gone
       --kill-after DURATION
                          send SIGTERM to a command that has to end, and SIGKILL when it
                          has ended to what is left of it, or this much later (2s)
-      --max-output SIZE  end a command that prints more (64M)
+      --max-output SIZE  end a command that prints more (64M); 0 is no limit
       --stderr WHERE     send the standard error of commands to: log, that of bservice;
                          reply; or merge, into the output (log)
       --coproc           run COMMAND once per job: each request is a line of its input,
@@ -85,6 +85,7 @@ type serviceTool struct {
 	heartbeatFlags
 	commandFlags
 	Jobs      int `short:"j" default:"1"`
+	Cancel    bool
 	Coproc    bool
 	Null      bool          `short:"0"`
 	SkipLines int           `default:"0"`
@@ -120,6 +121,7 @@ func (t *serviceTool) Run() error {
 		t.Timeout = &timeout
 	}
 
+	keepMemory()
 	stderr := newLogWriter(os.Stderr)
 	defer stderr.Close()
 	log := newLog(stderr, &t.commonFlags).With("service", t.Name)
@@ -160,7 +162,7 @@ func (t *serviceTool) Run() error {
 			defer closeSlot()
 			free.put(slot)
 			for _, address := range addresses {
-				job := &Service{Name: t.Name, Broker: address, Slots: free, heartbeatFlags: t.heartbeatFlags}
+				job := &Service{Name: t.Name, Broker: address, Slots: free, Cancel: t.Cancel, heartbeatFlags: t.heartbeatFlags}
 				job.logTo(log, i == 0, len(addresses) > 1)
 				go func() { ended <- job.Serve(stop) }()
 			}
@@ -222,9 +224,17 @@ func (t *serviceTool) open(stop context.Context, command *CmdService, endpoints 
 	return process.Handle, process.close
 }
 
-// A Handler answers one request of a broker. The token names the request in logs, those of the broker
-// included. It is called for one request at a time.
-type Handler func(broker brokerAddress, token string, body [][]byte) Reply
+// A Handler answers one request of a broker. It is called for one request at a time.
+type Handler func(Request) Reply
+
+// A Request is what a broker wants to be done.
+type Request struct {
+	Broker  brokerAddress
+	Token   string // names the request in logs, those of the broker included
+	Body    [][]byte
+	Stream  *stream         // takes output before the end; nil if the client takes none
+	Context context.Context // done when nobody awaits the reply any more
+}
 
 // Service serves requests for a name through a broker, one at a time. It shares the slots in which
 // commands run with others like it.
@@ -232,6 +242,7 @@ type Service struct {
 	Name   string
 	Broker brokerAddress
 	Slots  *slots
+	Cancel bool // end a command when nobody awaits the reply
 	heartbeatFlags
 
 	log        *slog.Logger // names the broker
@@ -274,6 +285,8 @@ func (s *Service) Serve(stop context.Context) error {
 		case isRefusal(over):
 			pause = refusedPause
 			s.brokerLog.Error("refused", "why", over, "again_in", pause, "hint", failureOf(over).hint)
+		case over == errUnwanted:
+			pause = 0
 		case over != errMissing:
 			s.brokerLog.Warn("connecting again", "why", over)
 		}
@@ -332,9 +345,9 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 		send:     broker.send,
 		received: broker.received,
 		wake:     waiter.Wake,
-		start: func(slot Handler, token string, body [][]byte) {
+		start: func(slot Handler, r Request) {
 			go func() {
-				replies <- s.answer(slot, token, body)
+				replies <- s.answer(slot, r)
 				waiter.Wake()
 			}()
 		},
@@ -395,18 +408,24 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 	}
 }
 
-// answer handles a request in a slot, logs it if it failed or if that is asked for, and returns the body
-// of the reply.
-func (s *Service) answer(slot Handler, token string, request [][]byte) [][]byte {
+// answer handles a request in a slot, logs it if it failed, was cancelled or if that is asked for, and returns
+// the body of the reply.
+func (s *Service) answer(slot Handler, r Request) [][]byte {
 	begin := time.Now()
-	reply := slot(s.Broker, token, request)
+	reply := slot(r)
 	body := reply.Body()
 	level, message := slog.LevelDebug, "request done"
-	if reply.Status != 0 {
+	if unwanted := context.Cause(r.Context); unwanted != nil {
+		level, message, reply.Reason = slog.LevelInfo, "request cancelled", unwanted
+	} else if reply.Status != 0 {
 		level, message = slog.LevelWarn, "request failed"
 	}
 	if s.requestLog.Enabled(context.Background(), level) {
-		log := s.requestLog.With("request", token, "status", reply.Status, "took", time.Since(begin).Round(time.Microsecond), "in", sizeOf(request), "out", sizeOf(body))
+		out := sizeOf(body)
+		if r.Stream != nil {
+			out += r.Stream.passed()
+		}
+		log := s.requestLog.With("request", r.Token, "status", reply.Status, "took", time.Since(begin).Round(time.Microsecond), "in", sizeOf(r.Body), "out", out)
 		if reply.Reason != nil {
 			log = log.With("why", reply.Reason)
 		}

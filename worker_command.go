@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -24,7 +25,7 @@ type commandFlags struct {
 	Stdin     bool           // the last frame of a request is the standard input of its command
 	Timeout   *time.Duration // nil or 0 for none
 	KillAfter time.Duration  `default:"2s"`
-	MaxOutput size           `default:"64M"`
+	MaxOutput size           `default:"64M" unbounded:""`
 	StderrTo  string         `name:"stderr" enum:"log,reply,merge" default:"log"`
 	Cwd       string
 	Env       []string `sep:"none"`
@@ -61,6 +62,8 @@ type CmdService struct {
 	// line belongs to.
 	Stderr      io.Writer
 	LabelStderr bool
+
+	copyBuffers sync.Pool // of *copyBuffer
 }
 
 // find looks the command up, so that a service that cannot work fails before its first
@@ -118,8 +121,8 @@ func checkInterpreter(path string) error {
 func shellQuoted(text string) string { return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'" }
 
 // Handle runs the command with the frames of the body as arguments.
-func (c *CmdService) Handle(broker brokerAddress, token string, body [][]byte) Reply {
-	var stdin []byte
+func (c *CmdService) Handle(r Request) Reply {
+	body, stdin := r.Body, []byte(nil)
 	if last := len(body) - 1; c.Stdin && last >= 0 {
 		body, stdin = body[:last], body[last]
 	}
@@ -127,13 +130,20 @@ func (c *CmdService) Handle(broker brokerAddress, token string, body [][]byte) R
 	if err != nil {
 		return c.refusal(cannotRun(err))
 	}
-	p := c.prepare(argv, "BACKBONE_ENDPOINT="+broker.endpoint, "BACKBONE_REQUEST="+token, "BACKBONE_USER="+broker.userOf(token))
+	p := c.prepare(argv, "BACKBONE_ENDPOINT="+r.Broker.endpoint, "BACKBONE_REQUEST="+r.Token, "BACKBONE_USER="+r.Broker.userOf(r.Token))
 	defer p.end(nil)
+	defer p.endWith(r.Context)()
 	if len(stdin) > 0 {
 		p.Stdin = bytes.NewReader(stdin)
 	}
-	c.redirect(p, newLimitedBuffer(c.MaxOutput, p.end))
-	p.log.Begin(c.label(token))
+	if r.Stream != nil {
+		c.redirect(p, r.Stream.stdout(), r.Stream.stderr())
+		// A client that does not read keeps what has to end no longer than what ignores SIGTERM.
+		defer context.AfterFunc(p.ctx, func() { time.AfterFunc(c.KillAfter, r.Stream.close) })()
+	} else {
+		c.redirect(p, new(buffer), new(buffer))
+	}
+	p.log.Begin(c.label(r.Token))
 	if err := c.start(p); err != nil {
 		return c.refusal(cannotRun(err))
 	}
@@ -193,25 +203,20 @@ type process struct {
 	log            *tailBuffer             // of its standard error
 	ctx            context.Context         // done when the process has to end
 	end            context.CancelCauseFunc // cancels ctx; a failure as its cause becomes the reply
-	ended          chan struct{}           // closed when it has ended and its output was read
-}
-
-// An output takes what a process prints and keeps what a reply needs of it.
-type output interface {
-	io.Writer
-	Bytes() []byte
+	pipes          []outputPipe
+	exited         chan struct{} // closed when it has ended
+	ended          chan struct{} // closed when its output was read, too
+	cut            atomic.Bool   // nobody read all of the output
 }
 
 // prepare returns a process that is yet to start. When it has to end, its group gets SIGTERM, and
 // SIGKILL once the process has ended, at the latest after --kill-after.
 func (c *CmdService) prepare(argv []string, env ...string) *process {
-	p := &process{ended: make(chan struct{})}
+	p := &process{exited: make(chan struct{}), ended: make(chan struct{})}
 	p.ctx, p.end = context.WithCancelCause(c.Abort)
 	p.Cmd = exec.CommandContext(p.ctx, argv[0], argv[1:]...)
 	p.Cancel = func() error { return p.signalGroup(syscall.SIGTERM) }
-	// WaitDelay also limits how long a child that keeps the output open holds up the reply. To exec, 0
-	// is no limit.
-	p.WaitDelay = max(c.KillAfter, 1)
+	p.WaitDelay = max(c.KillAfter, 1) // To exec, 0 is no limit.
 	p.Dir = c.Cwd
 	p.Env = slices.Concat(os.Environ(), c.Env,
 		[]string{"BACKBONE_SERVICE=" + c.Name}, env)
@@ -223,16 +228,17 @@ func (p *process) signalGroup(s syscall.Signal) error {
 	return syscall.Kill(-p.Process.Pid, s)
 }
 
-// redirect sends what the process prints where --stderr wants it.
-func (c *CmdService) redirect(p *process, stdout output) {
+// endWith ends the process when nobody wants it any more, unless stop is called before.
+func (p *process) endWith(wanted context.Context) (stop func() bool) {
+	return context.AfterFunc(wanted, func() { p.end(context.Cause(wanted)) })
+}
+
+// redirect sends what the process prints where --stderr wants it. The outputs are for the reply.
+func (c *CmdService) redirect(p *process, stdout, stderr output) {
 	p.log = &tailBuffer{log: lineWriter{log: c.Stderr}}
-	p.stdout, p.stderr = stdout, p.log
+	p.stdout, p.stderr = newLimitedOutput(stdout, c.MaxOutput, p.end), p.log
 	if c.StderrTo == "reply" {
-		p.stderr = newLimitedBuffer(c.MaxOutput, p.end)
-	}
-	p.Stdout, p.Stderr = p.stdout, p.stderr
-	if c.StderrTo == "merge" {
-		p.Stderr = p.stdout
+		p.stderr = newLimitedOutput(stderr, c.MaxOutput, p.end)
 	}
 }
 
@@ -244,8 +250,25 @@ func (c *CmdService) label(token string) string {
 	return token + ": "
 }
 
-func (c *CmdService) start(p *process) error {
-	err := p.Start()
+// start starts the process and reads its output.
+func (c *CmdService) start(p *process) (err error) {
+	defer func() {
+		for _, pipe := range p.pipes {
+			pipe.end.Close()
+			if err != nil {
+				pipe.Close()
+			}
+		}
+	}()
+	if p.Stdout, err = p.pipeTo(p.stdout); err != nil {
+		return err
+	}
+	if p.Stderr = p.Stdout; c.StderrTo != "merge" {
+		if p.Stderr, err = p.pipeTo(p.stderr); err != nil {
+			return err
+		}
+	}
+	err = p.Start()
 	if errors.Is(err, fs.ErrNotExist) {
 		path := p.Path
 		if !filepath.IsAbs(path) {
@@ -259,8 +282,17 @@ func (c *CmdService) start(p *process) error {
 	if err != nil {
 		return err
 	}
+	var copies sync.WaitGroup
+	for _, pipe := range p.pipes {
+		copies.Go(func() { c.copyOutput(p, pipe) })
+	}
 	go func() {
 		p.Wait()
+		for _, pipe := range p.pipes {
+			pipe.SetReadDeadline(time.Now()) // ends a read
+		}
+		close(p.exited)
+		copies.Wait()
 		p.log.End()
 		if p.ctx.Err() != nil {
 			// exec ends the leader only; the rest of the group may ignore SIGTERM.
@@ -271,13 +303,18 @@ func (c *CmdService) start(p *process) error {
 	return nil
 }
 
-// limitTime ends the process after --timeout, unless stop is called before. The reason ends in the detail.
+// limitTime ends the process after --timeout, unless it ended or stop was called before. The reason ends in
+// the detail.
 func (c *CmdService) limitTime(p *process, detail string) (stop func()) {
 	if c.Timeout == nil || *c.Timeout == 0 {
 		return func() {}
 	}
 	timer := time.AfterFunc(*c.Timeout, func() {
-		p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v%s", *c.Timeout, detail)})
+		select {
+		case <-p.exited: // It may take time until all its output was read.
+		default:
+			p.end(&failure{status: exitTimeout, err: fmt.Errorf("ended after --timeout %v%s", *c.Timeout, detail)})
+		}
 	})
 	return func() { timer.Stop() }
 }
@@ -289,11 +326,13 @@ func (c *CmdService) wait(p *process) (status int, reason error) {
 	status = exitStatus(p.ProcessState)
 	cause, f := context.Cause(p.ctx), (*failure)(nil)
 	switch {
-	case cause == nil, cause == context.Cause(c.Abort) && status == 0:
+	case cause == nil, cause == context.Cause(c.Abort) && status == 0 && !p.cut.Load():
 	case cause == context.Cause(c.Abort):
-		reason = errors.New("ended because the service is stopping")
+		status, reason = cmp.Or(status, exitIO), errors.New("ended because the service is stopping")
 	case errors.As(cause, &f):
 		status, reason = f.status, f
+	default:
+		reason = cause
 	}
 	return status, reason
 }
@@ -319,71 +358,6 @@ func exitStatus(state *os.ProcessState) int {
 		return exitSignal + int(status.Signal())
 	}
 	return state.ExitCode()
-}
-
-// A limitedBuffer keeps up to a number of bytes, and ends the process that prints more.
-type limitedBuffer struct {
-	buffer
-	left, limit int
-	end         context.CancelCauseFunc
-}
-
-func newLimitedBuffer(limit size, end context.CancelCauseFunc) *limitedBuffer {
-	return &limitedBuffer{left: int(limit), limit: int(limit), end: end}
-}
-
-func (b *limitedBuffer) Write(p []byte) (int, error) {
-	n := min(len(p), b.left)
-	b.left -= n
-	b.buffer.Write(p[:n])
-	if n < len(p) {
-		err := &failure{status: exitIO, err: fmt.Errorf("ended because it printed more than --max-output %d bytes", b.limit)}
-		b.end(err)
-		return n, err
-	}
-	return n, nil
-}
-
-// A tailBuffer passes everything on to a log and keeps the end of what was written for a request.
-type tailBuffer struct {
-	mu   sync.Mutex // a coprocess writes while requests begin
-	log  lineWriter
-	tail []byte // up to twice tailLength bytes
-}
-
-const tailLength = 64 << 10
-
-func (b *tailBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.log.Write(p)
-	b.tail = append(b.tail, p...)
-	if surplus := len(b.tail) - tailLength; surplus > tailLength {
-		b.tail = append(b.tail[:0], b.tail[surplus:]...)
-	}
-	return len(p), nil
-}
-
-// Bytes returns the last tailLength bytes.
-func (b *tailBuffer) Bytes() []byte {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.tail[max(0, len(b.tail)-tailLength):]
-}
-
-// Begin begins with the next request, whose lines get a label in the log.
-func (b *tailBuffer) Begin(label string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.log.Flush()
-	b.log.prefix, b.tail = label, nil
-}
-
-// End completes the last line in the log.
-func (b *tailBuffer) End() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.log.Flush()
 }
 
 // A coprocess answers requests, one at a time, with a command that keeps running: each
@@ -416,16 +390,17 @@ func (c *coprocess) bufferingHint() string {
 }
 
 // Handle writes a line to the process and waits for one.
-func (c *coprocess) Handle(_ brokerAddress, token string, body [][]byte) Reply {
-	line, err := c.line(body)
+func (c *coprocess) Handle(r Request) Reply {
+	line, err := c.line(r.Body)
 	if err != nil {
 		return c.refusal(cannotRun(err))
 	}
 	if refused := c.ensureRunning(nil); refused != nil {
 		return *refused
 	}
-	c.running.log.Begin(c.label(token)) // What it printed before is about earlier requests.
+	c.running.log.Begin(c.label(r.Token)) // What it printed before is about earlier requests.
 	defer c.limitTime(c.running, c.bufferingHint())()
+	defer c.running.endWith(r.Context)()
 	c.output.await()
 	// The process may print while it reads: a long line does not fit into the pipe.
 	go func(stdin io.Writer) { stdin.Write(line) }(c.stdin)
@@ -499,8 +474,9 @@ func (c *coprocess) ensureRunning(stop <-chan struct{}) (refused *Reply) {
 // launch starts a process.
 func (c *coprocess) launch() error {
 	p := c.prepare(c.Command, "BACKBONE_ENDPOINT="+c.endpoints, "BACKBONE_USER=") // It works for many callers.
-	output := newLineOutput(newLimitedBuffer(c.MaxOutput, p.end), c.terminator, c.skipLines)
-	c.redirect(p, output)
+	output := newLineOutput(newLimitedOutput(new(buffer), c.MaxOutput, p.end), c.terminator, c.skipLines)
+	c.redirect(p, output, nil)
+	p.stdout = output // which limits each line
 	stdin, err := p.StdinPipe()
 	if err == nil {
 		err = c.start(p)
@@ -595,7 +571,7 @@ func (l *restartLimit) failed(now time.Time) {
 // A lineOutput is the output of a coprocess, cut into replies. Output that no request asked for ends
 // the process.
 type lineOutput struct {
-	*limitedBuffer // the line that has begun
+	*limitedOutput // the line that has begun
 	terminator     byte
 	skipped        chan struct{} // closed when there are no more lines to skip
 	lines          chan []byte   // has room for the line that is awaited, with its newline
@@ -606,8 +582,8 @@ type lineOutput struct {
 	answered bool // there was a reply
 }
 
-func newLineOutput(buffer *limitedBuffer, terminator byte, skip int) *lineOutput {
-	o := &lineOutput{limitedBuffer: buffer, terminator: terminator, skip: skip, skipped: make(chan struct{}), lines: make(chan []byte, 1)}
+func newLineOutput(line *limitedOutput, terminator byte, skip int) *lineOutput {
+	o := &lineOutput{limitedOutput: line, terminator: terminator, skip: skip, skipped: make(chan struct{}), lines: make(chan []byte, 1)}
 	if skip == 0 {
 		close(o.skipped)
 	}
@@ -651,7 +627,7 @@ func (o *lineOutput) Write(p []byte) (int, error) {
 	case complete && o.terminator == '\n':
 		line = line[:len(line)+1]
 	}
-	if _, err := o.limitedBuffer.Write(line); err != nil {
+	if _, err := o.limitedOutput.Write(line); err != nil {
 		return 0, err
 	}
 	switch {
@@ -661,7 +637,7 @@ func (o *lineOutput) Write(p []byte) (int, error) {
 		return 0, o.refuse(rest)
 	}
 	o.lines <- o.Bytes()
-	o.limitedBuffer = newLimitedBuffer(size(o.limit), o.end)
+	o.limitedOutput = newLimitedOutput(new(buffer), o.limit, o.end)
 	o.awaited, o.answered = false, true
 	return len(p), nil
 }

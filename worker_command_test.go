@@ -17,6 +17,10 @@ import (
 
 var testBroker = brokerAddress{endpoint: "tcp://broker:5555"}
 
+func testRequest(token string, body [][]byte) Request {
+	return Request{Broker: testBroker, Token: token, Body: body, Context: context.Background()}
+}
+
 // testCommand returns a service that runs a command like bservice without flags.
 func testCommand(command ...string) *CmdService {
 	return &CmdService{
@@ -81,7 +85,7 @@ func TestOutcomeOfACommandDeterminesItsReply(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := testCommand(test.command...)
-			got := spell(c.Handle(testBroker, "token", test.body).Body())
+			got := spell(c.Handle(testRequest("token", test.body)).Body())
 			if len(got) == 3 && len(test.want) == 3 {
 				got[1] = got[1][:min(len(got[1]), len(test.want[1]))]
 			}
@@ -96,7 +100,7 @@ func TestCommandKnowsItsServiceAndItsRequest(t *testing.T) {
 	c := testCommand("sh", "-c", `printf '%s %s %s %s' "$BACKBONE_SERVICE" "$BACKBONE_ENDPOINT" "$BACKBONE_REQUEST" "$GREETING in $PWD"`)
 	c.Env = []string{"GREETING=hello"}
 	c.Cwd = "/"
-	if got := spell(c.Handle(testBroker, "abc.1", nil).Body()); !reflect.DeepEqual(got, []string{"svc tcp://broker:5555 abc.1 hello in /"}) {
+	if got := spell(c.Handle(testRequest("abc.1", nil)).Body()); !reflect.DeepEqual(got, []string{"svc tcp://broker:5555 abc.1 hello in /"}) {
 		t.Errorf("got %q", got)
 	}
 }
@@ -113,7 +117,7 @@ func TestLastFrameIsTheStandardInputWhereAskedFor(t *testing.T) {
 		{[]string{"a", "b", "in"}, "in a b"},
 		{[]string{"a", ""}, " a"},
 	} {
-		if got := spell(c.Handle(testBroker, "token", frames(test.body...)).Body()); !reflect.DeepEqual(got, []string{test.want}) {
+		if got := spell(c.Handle(testRequest("token", frames(test.body...))).Body()); !reflect.DeepEqual(got, []string{test.want}) {
 			t.Errorf("%q: got %q, want %q", test.body, got, test.want)
 		}
 	}
@@ -122,7 +126,7 @@ func TestLastFrameIsTheStandardInputWhereAskedFor(t *testing.T) {
 func TestCommandNeedNotReadItsStandardInput(t *testing.T) {
 	c := testCommand("echo", "done")
 	c.Stdin = true
-	if got := spell(c.Handle(testBroker, "token", [][]byte{make([]byte, 1<<22)}).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
+	if got := spell(c.Handle(testRequest("token", [][]byte{make([]byte, 1<<22)})).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
 		t.Errorf("got %.99q", got)
 	}
 }
@@ -144,7 +148,7 @@ func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
 		c := testCommand("sh", "-c", test.line)
 		c.StderrTo = test.stderr
 		var got []string
-		log := captureStderr(t, func() { got = spell(c.Handle(testBroker, "token", nil).Body()) })
+		log := captureStderr(t, func() { got = spell(c.Handle(testRequest("token", nil)).Body()) })
 		if !reflect.DeepEqual(got, test.want) || log != test.log {
 			t.Errorf("--stderr %s, %s: got %q and the log %q, want %q and %q", test.stderr, test.line, got, log, test.want, test.log)
 		}
@@ -154,7 +158,7 @@ func TestStandardErrorGoesWhereItIsWanted(t *testing.T) {
 func TestFailureIncludesTheEndOfALongStandardError(t *testing.T) {
 	c := testCommand("sh", "-c", "seq 1 100000 >&2; exit 1")
 	var got [][]byte
-	log := captureStderr(t, func() { got = c.Handle(testBroker, "token", nil).Body() })
+	log := captureStderr(t, func() { got = c.Handle(testRequest("token", nil)).Body() })
 	if stderr := string(got[1]); len(stderr) != 64<<10 || !strings.HasSuffix(log, stderr) {
 		t.Errorf("got %d bytes of standard error that end in %q", len(stderr), stderr[len(stderr)-10:])
 	}
@@ -168,7 +172,7 @@ func TestOutputBeyondItsBoundEndsTheCommand(t *testing.T) {
 	} {
 		c := testCommand("sh", "-c", test.line)
 		c.MaxOutput, c.StderrTo = 1000, test.stderr
-		got := spell(c.Handle(testBroker, "token", nil).Body())
+		got := spell(c.Handle(testRequest("token", nil)).Body())
 		if len(got) != 3 || len(got[0])+len(got[1]) > 1200 || got[2] != "exit status 74" ||
 			!strings.Contains(got[1], "bservice: svc: ended because it printed more than --max-output 1000 bytes\n") {
 			t.Errorf("--stderr %s: got %.1500q", test.stderr, got)
@@ -199,7 +203,7 @@ func TestEndOfACommandEndsItsProcessGroup(t *testing.T) {
 					c.Timeout, test.status = &limit, "exit status 124"
 				}
 				ended := make(chan [][]byte)
-				go func() { ended <- c.Handle(testBroker, "token", nil).Body() }()
+				go func() { ended <- c.Handle(testRequest("token", nil)).Body() }()
 				// The child keeps the FIFO open until it ends.
 				reader, err := os.Open(fifo)
 				if err != nil {
@@ -226,7 +230,7 @@ func TestCommandThatIgnoresSIGTERMIsKilledAtOnceWithoutPatience(t *testing.T) {
 	c := testCommand("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
 	timeout := 100 * time.Millisecond
 	c.Timeout, c.KillAfter = &timeout, 0
-	if got := spell(c.Handle(testBroker, "token", nil).Body()); got[len(got)-1] != "exit status 124" {
+	if got := spell(c.Handle(testRequest("token", nil)).Body()); got[len(got)-1] != "exit status 124" {
 		t.Errorf("got %q", got)
 	}
 }
@@ -235,7 +239,7 @@ func TestGrandchildThatKeepsTheOutputOpenDoesNotHoldBackTheReply(t *testing.T) {
 	fifo := newFifo(t)
 	c := testCommand("sh", "-c", `cat "$0" & echo done`, fifo)
 	c.KillAfter = 100 * time.Millisecond
-	if got := spell(c.Handle(testBroker, "token", nil).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
+	if got := spell(c.Handle(testRequest("token", nil)).Body()); !reflect.DeepEqual(got, []string{"done\n"}) {
 		t.Errorf("got %q", got)
 	}
 	// Ends the grandchild.
@@ -257,7 +261,7 @@ func newCoprocess(t *testing.T, command ...string) *coprocess {
 // status reply, want has a prefix.
 func (c *coprocess) expectReply(t *testing.T, body []string, want ...string) {
 	t.Helper()
-	got := spell(c.Handle(testBroker, "token", frames(body...)).Body())
+	got := spell(c.Handle(testRequest("token", frames(body...))).Body())
 	if len(got) == 3 && len(want) == 3 {
 		got[1] = got[1][:min(len(got[1]), len(want[1]))]
 	}
@@ -418,7 +422,7 @@ func TestLinesOfACoprocessCarryTheRequestThatItHasWhereJobsRunSideBySide(t *test
 	var log writes
 	c := newCoprocess(t, "sh", "-c", "echo hello >&2; while read -r line; do echo got $line >&2; echo $line; done")
 	c.Stderr, c.LabelStderr = &log, true
-	c.Handle(testBroker, "a.1", frames("x"))
+	c.Handle(testRequest("a.1", frames("x")))
 	c.close()
 	if got, want := strings.Join(log, ""), "hello\na.1: got x\n"; got != want {
 		t.Errorf("the log has %q, want %q", got, want)

@@ -353,7 +353,7 @@ func TestSlotsAreUsedInTurn(t *testing.T) {
 	var used []int
 	slots := newSlots()
 	for i := range 3 {
-		slots.put(func(brokerAddress, string, [][]byte) Reply {
+		slots.put(func(Request) Reply {
 			used = append(used, i)
 			return Reply{}
 		})
@@ -363,7 +363,7 @@ func TestSlotsAreUsedInTurn(t *testing.T) {
 		if place != nil {
 			t.Fatal("no slot is free")
 		}
-		slot(brokerAddress{}, "", nil)
+		slot(Request{})
 		slots.put(slot)
 	}
 	if want := []int{0, 1, 2, 0, 1}; !reflect.DeepEqual(used, want) {

@@ -2,9 +2,12 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -16,8 +19,8 @@ import (
 type session struct {
 	*Service
 	send  func(frames [][]byte) error
-	wake  func()                                          // makes the loop call Claim; any goroutine may call it
-	start func(slot Handler, token string, body [][]byte) // starts to work on a request; Finish takes the reply
+	wake  func()                        // makes the loop call Tick and Claim; any goroutine may call it
+	start func(slot Handler, r Request) // starts to work on a request; Finish takes the reply
 
 	// received returns how many bytes the broker has sent so far; 0 if that is unknown.
 	received func() uint64
@@ -28,6 +31,12 @@ type session struct {
 	working    bool
 	address    [][]byte // of the client whose request is in hand
 	reply      *Message // finished but not sent
+
+	// Of the request in hand:
+	streams bool                    // its client takes partial replies
+	credit  int                     // how many of them may be sent now
+	stream  *stream                 // has them, while a command runs; nil unless streams
+	cancel  context.CancelCauseFunc // ends the command
 
 	slot     Handler   // for the command that runs, or reserved; nil for none
 	reserved time.Time // until then; zero while a command runs
@@ -74,7 +83,13 @@ func (s *session) mustDeliver(m Message) {
 	}
 }
 
-func (s *session) ready() Message { return Message{Kind: KindReady, Service: []byte(s.Name)} }
+func (s *session) ready() Message {
+	m := Message{Kind: KindReady, Service: []byte(s.Name)}
+	if s.Cancel {
+		m.Body = framesOf([]string{cancels})
+	}
+	return m
+}
 
 // Receive takes a message of the broker.
 func (s *session) Receive(frames [][]byte) {
@@ -85,8 +100,11 @@ func (s *session) Receive(frames [][]byte) {
 	if err == nil && m.Kind == KindRequest && s.busy() {
 		err = errors.New("a REQUEST before the reply to the last one")
 	}
-	if err == nil && (m.Dialect.ofClient() || m.Kind == KindReady || m.Kind == KindReply) {
+	if err == nil && (m.Dialect.ofClient() || m.Kind == KindReady || m.Kind == KindPartial || m.Kind == KindReply) {
 		err = fmt.Errorf("an unexpected %v", m.Kind)
+	}
+	if err == nil && m.Kind == KindCredit {
+		err = s.addCredit(m)
 	}
 	if err != nil {
 		if !s.complained {
@@ -99,24 +117,73 @@ func (s *session) Receive(frames [][]byte) {
 	s.silence = 0
 	switch m.Kind {
 	case KindRequest:
-		s.request = &m
+		s.request, s.address = &m, m.Client
+		s.credit, s.streams = creditOf(m.Client)
 	case KindHeartbeat:
 		if !s.reserved.IsZero() && s.request == nil { // The broker has no request.
 			s.release()
 		}
 	case KindDisconnect:
-		s.end(disconnected(m))
+		s.end(s.disconnected(m))
 	}
 }
 
+// maxCredit is the most credit that a session uses: ZeroMQ takes 1000 messages until the broker reads them.
+const maxCredit = 500
+
+// creditOf returns how many partial replies a client takes at first, if its address is a token of bbroker that
+// says so: RUN.COUNT~N, and perhaps @NAME.
+func creditOf(address [][]byte) (credit int, ok bool) {
+	if len(address) != 1 {
+		return 0, false
+	}
+	token, _, _ := strings.Cut(string(address[0]), "@")
+	run, rest, _ := strings.Cut(token, ".")
+	count, number, _ := strings.Cut(rest, "~")
+	credit, ok = parseCredit(number)
+	ok = ok && len(run) == 8 && strings.Trim(run, "0123456789abcdef") == "" &&
+		count != "" && strings.Trim(count, "0123456789") == "" && number[0] != '0'
+	return credit, ok
+}
+
+// parseCredit returns a number of messages, but no more than maxCredit.
+func parseCredit(digits string) (credit int, ok bool) {
+	n, err := strconv.ParseUint(digits, 10, 64)
+	return int(min(n, maxCredit)), err == nil || errors.Is(err, strconv.ErrRange)
+}
+
+// addCredit takes CREDIT. It may come late, for another request than the one in hand.
+func (s *session) addCredit(m Message) error {
+	if len(m.Body) != 1 {
+		return fmt.Errorf("a CREDIT with %d numbers", len(m.Body))
+	}
+	n, ok := parseCredit(string(m.Body[0]))
+	if !ok {
+		return fmt.Errorf("a CREDIT of %.20q", m.Body[0])
+	}
+	if s.streams && s.busy() && slices.EqualFunc(m.Client, s.address, bytes.Equal) {
+		s.credit = min(s.credit+n, maxCredit)
+	}
+	return nil
+}
+
 // disconnected returns why the broker sent DISCONNECT: bbroker tells a service that its key may not serve
-// the name.
-func disconnected(m Message) error {
+// the name, or that nobody awaits a reply which the service would rather not work for then.
+func (s *session) disconnected(m Message) error {
 	if why, ok := m.because(notAllowed); ok {
 		return &failure{status: exitNotAllowed, err: errors.New(printable(why)), hint: mayServeHint}
 	}
+	if s.cancels() {
+		return errUnwanted
+	}
 	return errors.New("the broker sent DISCONNECT")
 }
+
+// errUnwanted is why a session ends if its request was cancelled.
+var errUnwanted = errors.New("nobody awaits the reply any more")
+
+// cancels tells whether a command runs that ends with the session.
+func (s *session) cancels() bool { return s.working && (s.streams || s.Cancel) }
 
 // Start starts to work on a request that has come, if there is one, or hands it back. Call it when all that
 // has come was received: behind the request there may be a DISCONNECT.
@@ -137,8 +204,14 @@ func (s *session) Start(now time.Time) {
 	if !s.reserved.IsZero() {
 		s.Slots.answered(s.Broker.endpoint)
 	}
-	s.address, s.working, s.reserved = m.Client, true, time.Time{}
-	s.start(s.slot, tokenOf(m.Client), m.Body)
+	s.working, s.reserved = true, time.Time{}
+	r := Request{Broker: s.Broker, Token: tokenOf(m.Client), Body: m.Body}
+	r.Context, s.cancel = context.WithCancelCause(context.Background())
+	if s.streams {
+		s.stream = newStream(s.wake)
+		r.Stream = s.stream
+	}
+	s.start(s.slot, r)
 }
 
 // Claim registers anew when the session need not wait any more. If it was given a slot, it keeps it until the
@@ -198,8 +271,11 @@ func tokenOf(address [][]byte) string {
 
 // Finish takes the body of the reply to the request in hand.
 func (s *session) Finish(body [][]byte) {
-	s.working, s.silence = false, 0
-	s.reply = &Message{Kind: KindReply, Client: s.address, Body: body}
+	cancelled := s.over != nil && s.cancels()
+	s.working, s.silence, s.stream = false, 0, nil
+	if !cancelled {
+		s.reply = &Message{Dialect: s.dialect(), Kind: KindReply, Client: s.address, Body: body}
+	}
 	if s.over != nil {
 		s.dropReply(s.over)
 	} else {
@@ -208,12 +284,34 @@ func (s *session) Finish(body [][]byte) {
 	s.release()
 }
 
+// dialect returns that of the reply to the request in hand.
+func (s *session) dialect() Dialect {
+	if s.streams {
+		return worker02
+	}
+	return worker01
+}
+
 // Tick does what is due and returns the time of the next call, zero for never.
 func (s *session) Tick(now time.Time) time.Time {
 	if !s.reserved.IsZero() && !now.Before(s.reserved) {
 		s.release()
 	}
-	return earlier(s.beat(now), s.reserved)
+	partDue := s.sendParts(now)
+	return earlier(earlier(s.beat(now), s.reserved), partDue)
+}
+
+// sendParts sends what a stream has, as far as there is credit, and returns when more is due.
+func (s *session) sendParts(now time.Time) (due time.Time) {
+	for s.over == nil && s.stream != nil && s.credit > 0 {
+		body, due := s.stream.take(now)
+		if body == nil {
+			return due
+		}
+		s.credit--
+		s.mustDeliver(Message{Dialect: s.dialect(), Kind: KindPartial, Client: s.address, Body: body})
+	}
+	return time.Time{}
 }
 
 // beat sends the heartbeats and returns when the next one is due, zero for never.
@@ -235,7 +333,7 @@ func (s *session) beat(now time.Time) time.Time {
 		return s.due
 	}
 	s.deliver(Message{Kind: KindHeartbeat})
-	if s.working {
+	if s.working && !s.streams {
 		return s.due
 	}
 	if s.silence++; s.silence > 1 {
@@ -253,6 +351,12 @@ func (s *session) beat(now time.Time) time.Time {
 // end ends the session. A reply that was not sent never will be. A command that runs keeps its slot.
 func (s *session) end(why error) {
 	s.over = why
+	if s.cancels() {
+		s.cancel(why)
+	}
+	if s.stream != nil {
+		s.stream.close()
+	}
 	s.dropReply(why)
 	s.release()
 }
@@ -261,15 +365,15 @@ func (s *session) end(why error) {
 var errMissing = errors.New("no broker is there")
 
 // Lose is called when the connection broke. What was on its way is lost in both directions: an idle
-// worker might wait for a request that the broker has sent.
+// worker might wait for a request that the broker has sent, and a stream would have a hole.
 func (s *session) Lose() {
-	if s.over == nil && s.registered && !s.busy() {
+	if s.over == nil && s.registered && (!s.busy() || s.streams) {
 		s.end(errors.New("the connection to the broker broke"))
 	}
 }
 
-// busy tells whether a request is in hand. Meanwhile a broken connection does not end the session: the
-// reply can still go out over the next one. Nor does silence while a command runs: some brokers
+// busy tells whether a request is in hand. Meanwhile a broken connection does not end the session, except for
+// a stream: the reply can still go out over the next one. Nor does silence while a command runs: some brokers
 // send no heartbeats to a busy worker.
 func (s *session) busy() bool {
 	return s.request != nil || s.working || s.reply != nil
