@@ -733,11 +733,11 @@ func (s *system) waitForRuns(n int) {
 // expectNoDescendants checks that no process runs in the directory of the system except our tools.
 func (s *system) expectNoDescendants() {
 	s.t.Helper()
-	tools, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", s.broker.Process.Pid))
+	tool, err := exec.LookPath("bservice")
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.expectNoProcess(func(_ int, exe string) bool { return filepath.Dir(exe) == filepath.Dir(tools) })
+	s.expectNoProcess(func(_ int, exe string) bool { return filepath.Dir(exe) == filepath.Dir(tool) })
 }
 
 // expectNoProcess checks that no process runs in the directory of the system except those to keep.

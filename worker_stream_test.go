@@ -443,6 +443,17 @@ func expectEnd(t *testing.T, held *os.File) {
 	}
 }
 
+// registerAnew takes READY of the next session, with further frames. Before it may come what the last one had to say.
+func (b *streamBroker) registerAnew(more ...string) {
+	b.t.Helper()
+	for last := b.worker; b.worker == last; {
+		if worker, message := b.nextFromWorker(); worker != last {
+			b.want(message, append([]string{"", "MDPW01", "\x01", "echo"}, more...)...)
+			b.worker = worker
+		}
+	}
+}
+
 func TestDisconnectEndsTheCommandThatNobodyWants(t *testing.T) {
 	for name, test := range map[string]struct {
 		token, line string
@@ -466,12 +477,7 @@ func TestDisconnectEndsTheCommandThatNobodyWants(t *testing.T) {
 			held := openFifo(t, fifo, os.O_RDONLY)
 			b.send(disconnectTo(b.worker)...)
 			expectEnd(t, held)
-			for last := b.worker; b.worker == last; {
-				if worker, message := b.nextFromWorker(); worker != last {
-					b.want(message, append([]string{"", "MDPW01", "\x01", "echo"}, ready...)...)
-					b.worker = worker
-				}
-			}
+			b.registerAnew(ready...)
 		})
 	}
 }
@@ -487,7 +493,7 @@ func TestCommandWithoutStreamOrCancelFinishesAfterADisconnect(t *testing.T) {
 	if got, err := os.ReadFile(done); string(got) != "done\n" {
 		t.Errorf("the command wrote %q, %v", got, err)
 	}
-	b.register()
+	b.registerAnew()
 }
 
 func TestStreamWhoseConnectionBreaksEndsItsCommand(t *testing.T) {
