@@ -126,6 +126,7 @@ type brokerRequest struct {
 	partials bool     // the client takes partial replies
 	begun    bool     // a part of the reply has come
 	onTheWay int      // parts that were passed on, for which the worker got no new credit
+	ahead    int      // parts for which the broker gave the worker credit, and the client has given none so far
 	grants   bool     // the client gives credit
 	gathered [][]byte // parts for a client that takes none
 

@@ -81,6 +81,7 @@ func (b *Broker) giveCredit(r *brokerRequest) {
 	switch {
 	case r.grants || r.worker == nil || !r.worker.isOurs || r.onTheWay < streamWindow/2:
 	case c.queue.size() <= maxAhead:
+		r.ahead += r.onTheWay
 		b.grant(r, r.onTheWay)
 	default:
 		b.unread[c] = true
@@ -119,12 +120,15 @@ func (b *Broker) credit(c *brokerClient, address, body [][]byte) string {
 		switch {
 		case !r.partials:
 			continue
-		case int(parts) > r.onTheWay:
+		case int(parts) > r.ahead+r.onTheWay:
 			answer = mmiBadRequest // unless it is for another one with the same address
 			continue
 		}
 		r.grants = true
-		b.grant(r, int(parts))
+		// Parts may have come before the first mmi.credit, so that the worker has the credit for them.
+		given := min(int(parts), r.ahead)
+		r.ahead -= given
+		b.grant(r, int(parts)-given)
 		return mmiFound
 	}
 	return answer

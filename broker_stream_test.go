@@ -281,6 +281,27 @@ func TestClientThatGivesCreditGetsNoneFromTheBroker(t *testing.T) {
 	}
 }
 
+// TestCreditOfTheBrokerIsNotGivenAgain has the first mmi.credit overtaken by parts, as it is when the worker is fast.
+func TestCreditOfTheBrokerIsNotGivenAgain(t *testing.T) {
+	r := newFakeRouter(t)
+	token := r.beginStream()
+	const half = streamWindow / 2
+	r.sendParts(token, half-1)
+	r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
+	r.expect(part("C", "dump", "x"), credit(token, fmt.Sprint(half)))
+	grant := func(parts int, answer string) {
+		t.Helper()
+		r.from("C", "MDPC02", "\x01", "mmi.credit", fmt.Sprint(parts))
+		r.expect(final("C", "mmi.credit", answer))
+	}
+	grant(0, "200")
+	r.sendParts(token, streamWindow)
+	grant(half+streamWindow+1, "400")
+	grant(half-1, "200")
+	r.from("C", "MDPC02", "\x01", "mmi.credit", "3")
+	r.expect(credit(token, "2"), final("C", "mmi.credit", "200"))
+}
+
 func TestStreamThatIsNotReadBreaksAndItsClientIsTold(t *testing.T) {
 	r := newFakeRouter(t)
 	r.from("W", "MDPW02", "\x01", "dump")
