@@ -237,6 +237,15 @@ func TestExamplesInPythonAndJavaScriptWork(t *testing.T) {
 	runExample(t, strings.Replace(text, "\n    $ ", "\n    $ cp $LIBRARIES/backbone.* .\n    $ ", 1), env)
 }
 
+func TestStreamsWorkAsTheREADMEHasThem(t *testing.T) {
+	_, text, found := strings.Cut(section(t, "README.md", "The tools"), "\n### Output as it comes\n")
+	text, _, needsMore := strings.Cut(text, "\nA build, a backup")
+	if !found || !needsMore {
+		t.Fatal("the README has no section about streams")
+	}
+	runExample(t, text, os.Environ())
+}
+
 func TestSeveralBrokersWorkAsTheREADMEHasThem(t *testing.T) {
 	_, text, found := strings.Cut(section(t, "README.md", "Operating a broker"), "\n### Several brokers\n")
 	if !found {
