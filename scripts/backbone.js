@@ -9,7 +9,7 @@
  *
  *   new BackboneService('greet', (message, reply) => reply(['hello', ...message])).start();
  *
- * The protocol is MDP/0.1 (RFC 7). A message to send is a string, a Buffer, or an array of
+ * The protocol is MDP/0.1 (RFC 7), and MDP/0.2 (RFC 18) for streams. A message to send is a string, a Buffer, or an array of
  * them. A service receives an array of strings. A client receives a string if the reply has
  * one frame, and an array of strings otherwise. A frame that is not UTF-8 is a Buffer instead
  * of a string; with {encoding: null}, every frame is a Buffer.
@@ -29,6 +29,15 @@ const { Dealer, capability, curveKeyPair } = require('zeromq');
 
 const CLIENT = 'MDPC01', WORKER = 'MDPW01';
 const READY = '\x01', REQUEST = '\x02', REPLY = '\x03', HEARTBEAT = '\x04', DISCONNECT = '\x05';
+
+// MDP/0.2. The command bytes of its clients and its workers differ.
+const CLIENT02 = 'MDPC02', WORKER02 = 'MDPW02';
+const CLIENT_REQUEST = '\x01', CLIENT_PARTIAL = '\x02', CLIENT_FINAL = '\x03';
+const WORKER_PARTIAL = '\x03', WORKER_FINAL = '\x04', WORKER_CREDIT = '\x07';
+const STREAM_TOKEN = /^[0-9a-f]{8}\.[0-9]+~([1-9][0-9]*)(?:@[^]*)?$/; // of bbroker, for a client that takes parts
+const PART_SIZE = 64 << 10; // bytes of a part at most
+const MAX_COLLECTED = 64 << 20; // bytes of the parts for a client that takes only one reply
+const STDERR_KEPT = 64 << 10; // bytes of standard error that a StatusError has at the end of a stream
 
 // Times in milliseconds.
 const HEARTBEAT_INTERVAL = 1000; // in both directions
@@ -494,6 +503,10 @@ class Connection {
     this.dead = false; // lost or refused
     this.retried = false; // the last attempt to connect has failed
     this.names = new Set(); // of services that the broker had, if it is one of several
+    this.partials = undefined; // whether the broker passes on partial replies, if that is known
+    this.credit = false; // whether it also takes mmi.credit
+    this.unanswered = 0; // questions and grants of a stream that may still be answered
+    this.failure = undefined; // of the request that uses it
     this.changed = () => {}; // is called after a change of the above, or of refusal
     this.socket = dealer(endpoint, keys, 'brequest', socket => {
       const { events } = socket;
@@ -502,47 +515,110 @@ class Connection {
       this.ready = new Promise(resolve => {
         events.on('handshake', () => { this.connected = true; this.retried = false; resolve(); this.changed(); });
       });
-      this.broken = new Promise(resolve => {
-        events.on('disconnect', () => {
-          if (this.connected) { this.dead = this.lost = true; resolve(); this.changed(); }
-        });
+      events.on('disconnect', () => {
+        if (this.connected) { this.dead = this.lost = true; this.changed(); }
       });
       events.on('connect:retry', () => { this.retried = !this.connected; this.changed(); });
     });
   }
 
+  /** Begins a request, which fails when failure does. */
+  begin(failure) {
+    this.failure = undefined;
+    failure.catch(error => { this.failure = error; this.changed(); });
+  }
+
+  /**
+   * Resolves as a promise does. Rejects if the request fails before. In contrast to Promise.race, it leaves
+   * nothing at promises that last, of which a long stream would leave a lot.
+   */
+  until(promise) {
+    let timer;
+    return new Promise((resolve, reject) => {
+      this.changed = () => {
+        const lost = () => reject(new ConnectionLost(`lost the broker at ${this.endpoint} before its reply`));
+        if (this.failure) reject(this.failure);
+        // A broker that stops may send a reply just before it closes the connection. zeromq may
+        // deliver the reply after the disconnect event.
+        else if (this.lost) timer = timer || setTimeout(lost, 100);
+        else if (this.refusal) reject(this.refusal);
+      };
+      promise.then(resolve, reject);
+      this.changed();
+    }).finally(() => {
+      clearTimeout(timer);
+      this.changed = () => {};
+    });
+  }
+
+  /** Sends a message in the protocol that is its first frame. */
+  send(protocol, ...frames) {
+    const sent = this.socket.send(protocol === CLIENT ? ['', CLIENT, ...frames] : [CLIENT02, CLIENT_REQUEST, ...frames]);
+    sent.catch(() => {}); // it rejects when the socket is closed
+    return this.until(sent);
+  }
+
+  /** Resolves to the next message, or to nothing after patience, if it is given. */
+  async receive(patience) {
+    if (!this.arrival) {
+      this.arrival = this.socket.receive();
+      this.arrival.catch(() => {});
+    }
+    let timer;
+    const over = patience && new Promise(resolve => { timer = setTimeout(resolve, patience); });
+    try {
+      const message = await this.until(over ? Promise.race([this.arrival, over]) : this.arrival);
+      if (message) this.arrival = undefined;
+      return message;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
   /** Sends a request and resolves to the frames of the reply. Rejects when failure does. */
   async ask(frames, failure) {
-    const sent = this.socket.send(['', ...frames]);
-    sent.catch(() => {}); // it rejects when the socket is closed
-    await Promise.race([sent, failure, this.refused]);
-    this.arrival = this.socket.receive();
-    this.arrival.catch(() => {});
-    // A broker that stops may send a reply just before it closes the connection. zeromq may
-    // deliver the reply after the disconnect event.
-    const lost = this.broken.then(() => new Promise(resolve => setTimeout(resolve, 100))).then(() => {
-      throw new ConnectionLost(`lost the broker at ${this.endpoint} before its reply`);
-    });
-    lost.catch(() => {});
-    const refused = this.refused.catch(error => {
-      if (this.lost) return lost; // and then the next connection was refused
-      throw error;
-    });
-    const reply = await Promise.race([this.arrival, failure, lost, refused]);
+    this.begin(failure);
+    await this.send(...frames);
+    const reply = await this.receive();
     if (reply.length < 3 || reply[0].length > 0) throw new ProtocolError('bad reply: no empty first frame, or too few frames');
     return reply.slice(1);
   }
 
-  /** Cancels the request if it has not begun. Waits for the reply, which shows that mmi.cancel was sent. */
+  /** Asks whether the broker passes on partial replies, unless that is known. */
+  async learnPartials() {
+    for (const protocol of [CLIENT, CLIENT02]) {
+      if (this.partials !== undefined) return;
+      await this.send(protocol, 'mmi.service', 'mmi.credit');
+      this.unanswered++;
+      await this.until(this.ready);
+      const answer = await this.receive(PATIENCE);
+      if (!answer) continue;
+      this.unanswered--;
+      this.credit = String(answer[answer.length - 1]) === '200';
+      this.partials = this.credit || answer.slice(0, 2).map(String).includes(CLIENT02);
+    }
+    if (this.partials === undefined) this.partials = false;
+  }
+
+  /** Cancels the request. Waits for the reply, which may come after parts and shows that mmi.cancel was sent. */
   async cancel() {
+    this.failure = undefined;
     let timer;
-    await this.socket.send(['', CLIENT, 'mmi.cancel', '']);
-    await Promise.race([this.arrival, new Promise(resolve => { timer = setTimeout(resolve, CANCEL_PATIENCE); })]);
+    const over = new Promise(resolve => { timer = setTimeout(resolve, CANCEL_PATIENCE); });
+    await this.send(this.partials ? CLIENT02 : CLIENT, 'mmi.cancel', '');
+    const answered = async () => {
+      while (!(await this.receive()).slice(0, 4).map(String).includes('mmi.cancel'));
+    };
+    await Promise.race([answered().catch(() => {}), over]);
     clearTimeout(timer);
   }
 
   /** Keeps the connection for the next request of its client, and closes it after IDLE_PATIENCE. */
   rest() {
+    if (this.unanswered) {
+      this.close();
+      return;
+    }
     idle.add(this);
     clearTimeout(this.idleTimer);
     this.idleTimer = setTimeout(() => this.close(), IDLE_PATIENCE);
@@ -556,6 +632,78 @@ class Connection {
   close() {
     this.wake();
     this.socket.close();
+  }
+}
+
+/** The reply to a stream's request: what its messages mean, and the credit that the broker gets for them. */
+class PartialReply {
+  constructor(connection, name) {
+    Object.assign(this, { connection, name });
+    this.protocol = connection.partials ? CLIENT02 : CLIENT;
+    this.grants = connection.credit; // the broker awaits them
+    this.owed = 0; // parts that were taken and not granted
+    this.asked = false; // a grant is unanswered
+    this.ended = false;
+    this.failure = undefined; // a StatusError, once it has ended
+    this.stderr = Buffer.alloc(0); // the last of it
+  }
+
+  async request(body) {
+    await this.connection.send(this.protocol, this.name, ...body);
+    if (this.grants) await this.sendGrant();
+  }
+
+  /** Grants a part for one that was taken. Only one grant is on its way at a time. */
+  async grant() {
+    this.owed++;
+    if (this.grants && !this.asked && !this.ended) await this.sendGrant();
+  }
+
+  async sendGrant() {
+    const owed = String(this.owed);
+    this.owed = 0;
+    this.asked = true;
+    this.connection.unanswered++;
+    await this.connection.send(CLIENT02, 'mmi.credit', owed);
+  }
+
+  /** Resolves to the output, as frames, and the standard error in a part, or to nothing for another message. */
+  async parse(frames) {
+    const { kind, body } = await this.cut(frames);
+    if (!kind) return undefined;
+    this.ended = kind === CLIENT_FINAL;
+    const status = statusOf(body);
+    const { output, stderr } = status ? { output: [status.stdout], stderr: status.stderr } : { output: body, stderr: Buffer.alloc(0) };
+    if (stderr.length) this.stderr = Buffer.concat([this.stderr, stderr]).subarray(-STDERR_KEPT);
+    if (this.ended && status && status.status !== 0) this.failure = new StatusError(status.status, Buffer.alloc(0), this.stderr);
+    return { output, stderr };
+  }
+
+  /** Resolves to the kind and the body of a message, or to neither for the answer to a question or a grant. */
+  async cut(frames) {
+    if (frames[0].length === 0) frames = frames.slice(1);
+    const [protocol, second, third] = frames.slice(0, 3).map(String);
+    if (protocol === CLIENT && this.protocol === CLIENT && second === this.name) return { kind: CLIENT_FINAL, body: frames.slice(2) };
+    const ours = protocol === CLIENT02 && this.protocol === CLIENT02;
+    if (ours && third === 'mmi.credit') {
+      await this.answered(frames.slice(3).map(String));
+      return {};
+    }
+    if (ours && (second === CLIENT_PARTIAL || second === CLIENT_FINAL)) {
+      return { kind: second, body: frames.slice(third === this.name ? 3 : 2) }; // some brokers leave the name out
+    }
+    if (protocol === CLIENT && second === 'mmi.service' || protocol === CLIENT02 && !ours) {
+      this.connection.unanswered--; // it comes late
+      return {};
+    }
+    throw new ProtocolError(`bad reply: ${frames.slice(0, 4).map(frame => JSON.stringify(String(frame)))}`);
+  }
+
+  async answered(answer) {
+    this.connection.unanswered--;
+    this.asked = false;
+    this.grants = this.grants && answer.length === 1 && answer[0] === '200';
+    if (this.grants && this.owed) await this.sendGrant();
   }
 }
 
@@ -693,49 +841,115 @@ class BackboneClient {
    * @returns {Promise<any>} a Frame or an array of them
    */
   async send(service, message, timeout, { signal } = {}) {
-    timeout = millisecondsOf(timeout);
     const request = new BackboneClientMessage(service, message, { encoding: this.encoding });
     const frames = request.serialize();
-    if (signal && signal.aborted) throw signal.reason;
-    const progress = {}; // the connection, or the attempts to get one
-    let timer, abort;
-    const failure = new Promise((_, reject) => {
-      if (timeout) timer = setTimeout(() => reject(this._timedOut(progress, timeout)), timeout);
-      abort = () => reject(signal.reason);
-    });
-    failure.catch(() => {});
-    if (signal) signal.addEventListener('abort', abort);
+    const guard = this._guard(timeout, signal);
+    const connection = await this._begin(request.service, guard);
+    let keep = false;
     try {
-      await takeTurn(failure);
-      try {
-        progress.connection = await this._acquire(request.service, progress, failure);
-        return await this._exchange(progress.connection, request, frames, failure);
-      } finally {
-        giveTurnBack();
-      }
+      const result = request.parseReply(await connection.ask(frames, guard.failure));
+      keep = true;
+      return result;
+    } catch (error) {
+      keep = error instanceof StatusError;
+      throw error;
     } finally {
-      clearTimeout(timer);
-      if (signal) signal.removeEventListener('abort', abort);
+      await this._finish(connection, request.service, guard, keep);
     }
   }
 
-  async _exchange(connection, request, frames, failure) {
+  /**
+   * Iterates over the output of a service, as Buffers, in parts as they come. The first step sends the request.
+   * timeout is the longest silence in milliseconds; 0 or less means none. onStderr is called with each part of
+   * standard error. A failure throws a StatusError after the last part. return(), and the end of a loop by break or
+   * an exception, take the request back.
+   * @param {string} service
+   * @param {Message} [message]
+   * @param {number|null} [timeout]
+   * @param {{signal?: AbortSignal, onStderr?: (part: Buffer) => void}} [options]
+   * @returns {AsyncGenerator<Buffer, void, void>}
+   */
+  async *stream(service, message, timeout, { signal, onStderr = () => {} } = {}) {
+    const [, name, ...body] = new BackboneClientMessage(service, message).serialize();
+    const guard = this._guard(timeout, signal);
+    const connection = await this._begin(name, guard);
+    let keep = false;
     try {
-      const result = request.parseReply(await connection.ask(frames, failure));
-      connection.rest();
-      return result;
+      connection.begin(guard.failure);
+      await connection.learnPartials();
+      const reply = new PartialReply(connection, name);
+      await reply.request(body);
+      guard.restart();
+      while (!reply.ended) {
+        const part = await reply.parse(await connection.receive());
+        if (!part) continue;
+        guard.pause();
+        if (part.stderr.length) onStderr(part.stderr);
+        for (const frame of part.output) if (frame.length) yield frame;
+        await reply.grant();
+        guard.restart();
+      }
+      if (reply.failure) throw reply.failure;
+      keep = true;
     } catch (error) {
-      if (error instanceof StatusError) {
-        connection.rest();
-        throw error;
-      }
-      if (connection.lost) this._leave(connection.place);
-      if (connection.connected && !connection.lost && !request.service.startsWith('mmi.')) {
-        await connection.cancel().catch(() => {});
-      }
-      connection.close(); // so that a late reply is not taken for the reply to the next request
+      keep = error instanceof StatusError;
+      throw error;
+    } finally {
+      await this._finish(connection, name, guard, keep);
+    }
+  }
+
+  /** Returns what ends a request too early: failure rejects after the timeout, and when signal aborts. */
+  _guard(timeout, signal) {
+    timeout = millisecondsOf(timeout);
+    if (signal && signal.aborted) throw signal.reason;
+    const guard = { progress: {} }; // the connection, or the attempts to get one
+    let timer, expire, abort;
+    guard.failure = new Promise((_, reject) => {
+      expire = () => reject(this._timedOut(guard.progress, timeout));
+      abort = () => reject(signal.reason);
+    });
+    guard.failure.catch(() => {});
+    guard.pause = () => clearTimeout(timer);
+    guard.restart = () => {
+      clearTimeout(timer);
+      if (timeout) timer = setTimeout(expire, timeout);
+    };
+    guard.end = () => {
+      clearTimeout(timer);
+      if (signal) signal.removeEventListener('abort', abort);
+    };
+    if (signal) signal.addEventListener('abort', abort);
+    guard.restart();
+    return guard;
+  }
+
+  /** Resolves to a connection for a request, which ends with _finish. */
+  async _begin(name, guard) {
+    let turn = false;
+    try {
+      await takeTurn(guard.failure);
+      turn = true;
+      guard.progress.connection = await this._acquire(name, guard.progress, guard.failure);
+      return guard.progress.connection;
+    } catch (error) {
+      guard.end();
+      if (turn) giveTurnBack();
       throw error;
     }
+  }
+
+  /** Keeps the connection for the next request, or takes the request back and closes the connection. */
+  async _finish(connection, name, guard, keep) {
+    guard.end();
+    if (keep) {
+      connection.rest();
+    } else {
+      if (connection.lost) this._leave(connection.place);
+      if (connection.connected && !connection.lost && !name.startsWith('mmi.')) await connection.cancel().catch(() => {});
+      connection.close(); // so that a late reply is not taken for the reply to the next request
+    }
+    giveTurnBack();
   }
 
   _timedOut({ connection, attempts }, timeout) {
@@ -845,6 +1059,11 @@ function isMessage(value) {
   return typeof value === 'string' || ArrayBuffer.isView(value) || Array.isArray(value);
 }
 
+/** Returns whether a value that on_request returns is a generator or another iterator, and not, say, a file to read. */
+function isIterator(value) {
+  return Boolean(value) && typeof value.next === 'function' && Boolean(value[Symbol.asyncIterator] || value[Symbol.iterator]);
+}
+
 /** Returns the reply for an exception in on_request. */
 function failureOf(error) {
   if (error instanceof StatusError) {
@@ -876,11 +1095,15 @@ function collect() {
  * its promise rejects, or if it ends and leaves nothing that could call reply. on_request may
  * block, because another thread sends the heartbeats. With several brokers it serves all of them. A
  * request that comes while on_request has one of another broker is handed back.
+ *
+ * If on_request is a generator or an async one, or returns such an iterator, what it yields goes to the
+ * client as it comes, if the client takes a stream. A generator waits at yield for a client that is slow. If
+ * nobody awaits the reply any more, reply.signal is aborted, and the generator is closed at its next yield.
  */
 class BackboneService {
   /**
    * @param {string} service
-   * @param {(message: any[], reply: (message?: Message) => void) => any} on_request
+   * @param {(message: any[], reply: ((message?: Message) => void) & {signal: AbortSignal}) => any} on_request
    * @param {Options & {log?: (text: string) => void}} [options]
    */
   constructor(service, on_request, { host, port, encoding = 'utf8', log, ...address } = {}) {
@@ -907,7 +1130,12 @@ class BackboneService {
         brokers: this._brokers.map(({ endpoint, keys }) => ({ endpoint, keys: keys && keys.plain() })),
       },
     });
-    this._thread.on('message', ({ log, token, body }) => (log ? this.log(log) : this._serve(token, body)));
+    this._thread.on('message', ({ log, token, body, credit, over }) => {
+      if (log) this.log(log);
+      else if (body) this._serve(new ServedRequest(token, credit), body);
+      else if (over) this._end(token);
+      else if (this._awaits(token)) this._request.grant(credit);
+    });
     this._ended = new Promise((resolve, reject) => this._thread.on('exit', resolve).on('error', reject));
     return this;
   }
@@ -942,9 +1170,10 @@ class BackboneService {
     return this.disconnect();
   }
 
-  /** Calls on_request for a request. token identifies the request. */
-  async _serve(token, body) {
-    this._token = token;
+  /** Calls on_request for a request. */
+  async _serve(request, body) {
+    const { token } = request;
+    this._request = request;
     const reply = message => {
       try {
         this._answer(token, framesOf(message));
@@ -952,29 +1181,73 @@ class BackboneService {
         this._refuse(token, error.message);
       }
     };
-    this._forgotten.register(reply, token);
+    reply.signal = request.over.signal;
+    this._forgotten.register(reply, token, request);
     try {
       const result = this.on_request(body.map(frame => decode(Buffer.from(frame), this.encoding)), reply);
-      if (token === this._token) this._collectLater(...COLLECT_PAUSES);
+      if (this._awaits(token)) this._collectLater(...COLLECT_PAUSES);
       const returned = await result;
       if (isMessage(returned)) reply(returned);
+      else if (isIterator(returned)) await this._sendParts(request, returned);
     } catch (error) {
       this._answer(token, failureOf(error));
     }
   }
 
+  /** Sends the parts of an iterator, or collects them for a client that takes only one reply. */
+  async _sendParts(request, parts) {
+    const { token, takesParts, over: { signal } } = request;
+    this._forgotten.unregister(request);
+    if (this._awaits(token)) clearTimeout(this._collector);
+    const collected = [];
+    let size = 0;
+    const goesOn = () => this._awaits(token) && !signal.aborted;
+    for await (const part of parts) {
+      const data = Buffer.concat(framesOf(part));
+      if (!takesParts) {
+        collected.push(data);
+        size += data.length;
+        if (size > MAX_COLLECTED) {
+          throw new BackboneError(`a reply of more than ${MAX_COLLECTED} bytes, to a client that takes no stream`);
+        }
+      }
+      for (let start = 0; takesParts && goesOn() && start < data.length; start += PART_SIZE) {
+        await request.takeCredit();
+        if (!goesOn()) break;
+        const piece = new Uint8Array(data.subarray(start, start + PART_SIZE)); // postMessage would copy all that a view is of
+        this._thread.postMessage({ token, part: piece }, [piece.buffer]);
+      }
+      if (!goesOn()) break;
+    }
+    this._answer(token, [Buffer.concat(collected)]);
+  }
+
+  /** Returns whether a request is the current one and has no reply yet. */
+  _awaits(token) {
+    return Boolean(this._request) && token === this._request.token;
+  }
+
   /** Sends the first reply to the current request. Ignores any other reply. */
   _answer(token, body) {
-    if (token !== this._token) return;
-    this._token = undefined;
+    if (!this._awaits(token)) return;
+    const request = this._request;
+    this._request = undefined;
     clearTimeout(this._collector);
+    request.wake();
     this._thread.postMessage({ token, body });
   }
 
   _refuse(token, why) {
-    if (token !== this._token) return;
+    if (!this._awaits(token)) return;
     this.log(why);
     this._answer(token, failureOf(new StatusError(1, '', `${this.service}: ${why}\n`)));
+  }
+
+  /** Tells on_request that nobody awaits the reply any more. */
+  _end(token) {
+    if (!this._awaits(token)) return;
+    this._request.over.abort();
+    this._request.wake();
   }
 
   /** Collects garbage until the reply is there: perhaps nothing but garbage refers to the reply function. */
@@ -983,6 +1256,28 @@ class BackboneService {
       collect();
       this._collectLater(Math.min(2 * pause, longest), longest);
     }, pause);
+  }
+}
+
+/** A request in progress. credit is the number of parts that may be sent, or undefined if the client takes none. */
+class ServedRequest {
+  constructor(token, credit) {
+    this.token = token;
+    this.takesParts = credit !== undefined;
+    this.credit = credit;
+    this.over = new AbortController(); // aborts when nobody awaits the reply any more
+    this.wake = () => {};
+  }
+
+  grant(number) {
+    this.credit += number;
+    if (this.credit > 0) this.wake();
+  }
+
+  /** Resolves when the next part may be sent, or when wake is called. */
+  async takeCredit() {
+    if (this.credit <= 0) await new Promise(resolve => { this.wake = resolve; });
+    this.credit--;
   }
 }
 
@@ -1045,10 +1340,11 @@ class Registrations {
   }
 
   /** Passes on what the main thread wants. */
-  tell({ stop, token, body }) {
+  tell({ stop, token, body, part }) {
     if (stop) this.stopping = true;
     if (stop && this.wake) this.wake();
-    if (this.session && token !== undefined) this.session.reply(token, body);
+    if (this.session && part) this.session.sendPart(token, part);
+    else if (this.session && token !== undefined) this.session.reply(token, body);
     if (this.session && stop) this.session.endIfIdle();
   }
 
@@ -1092,6 +1388,9 @@ class Session {
     Object.assign(this, { owner, turns: owner.turns, number, requests: 0, refused: false });
     this.socket = dealer(endpoint, keys, 'bservice', socket => {
       refusalOf(socket, endpoint, keys).catch(error => this.refuse(error.message));
+      socket.events.on('disconnect', () => {
+        if (this.streams()) this.leave('lost the connection to the broker');
+      });
     });
     this.sent = Promise.resolve();
     this.over = new Promise(resolve => { this.end = resolve; });
@@ -1101,8 +1400,12 @@ class Session {
   }
 
   send(...frames) {
+    this.pass(['', WORKER, ...frames]);
+  }
+
+  pass(message) {
     // zeromq allows only one send at a time.
-    this.sent = this.sent.then(() => this.socket.send(['', WORKER, ...frames])).catch(() => {});
+    this.sent = this.sent.then(() => this.socket.send(message)).catch(() => {});
   }
 
   register() {
@@ -1111,10 +1414,21 @@ class Session {
     this.send(READY, this.owner.service);
   }
 
+  /** Returns whether the current request takes parts. */
+  streams() {
+    return Boolean(this.address) && this.credit !== undefined;
+  }
+
+  /** Ends the session, once the current request has ended. A stream is told to end. */
+  leave(why) {
+    this.why = this.why || why;
+    if (this.streams()) parentPort.postMessage({ token: this.token, over: true });
+  }
+
   /** Ends the session because of what the key may not. */
   refuse(why) {
     if (this.why) return;
-    this.why = why;
+    this.leave(why);
     this.refused = true;
     this.endIfIdle();
   }
@@ -1131,17 +1445,20 @@ class Session {
       this.heard = Date.now();
       if (frames[0].length === 0) frames = frames.slice(1); // the broker of Dispatchr Backbone may omit it
       const [protocol, command, ...rest] = frames.map(String);
+      if (protocol === WORKER02 && command === WORKER_CREDIT) this.grant(...rest);
       if (protocol !== WORKER) continue;
       // bbroker tells a service what its key may not.
       if (command === DISCONNECT && rest.length === 2 && rest[0] === NOT_ALLOWED) this.refuse(printable(rest[1]));
-      else if (command === DISCONNECT) this.why = this.why || 'the broker sent DISCONNECT';
+      else if (command === DISCONNECT) this.leave('the broker sent DISCONNECT');
       if (command === HEARTBEAT) this.turns.decline(this);
       const cut = rest.indexOf('');
       if (command === REQUEST && cut >= 0 && !this.address && this.registered) {
         if (this.turns.take(this)) {
           this.address = frames.slice(2, 2 + cut + 1);
           this.token = `${this.owner.address.endpoint} ${this.number}.${++this.requests}`;
-          parentPort.postMessage({ token: this.token, body: frames.slice(2 + cut + 1) });
+          const match = cut === 1 && STREAM_TOKEN.exec(rest[0]);
+          this.credit = match ? Number(match[1]) : undefined;
+          parentPort.postMessage({ token: this.token, body: frames.slice(2 + cut + 1), credit: this.credit });
         } else {
           this.send(DISCONNECT, ...BUSY);
           this.registered = false;
@@ -1152,10 +1469,21 @@ class Session {
     }
   }
 
+  /** Passes on a grant of the broker, unless it is for an earlier request. */
+  grant(address, empty, number) {
+    if (!this.streams() || address !== String(this.address[0]) || empty !== '' || !/^[0-9]{1,9}$/.test(number)) return;
+    parentPort.postMessage({ token: this.token, credit: Number(number) });
+  }
+
+  sendPart(token, part) {
+    if (this.streams() && token === this.token && !this.why) this.pass([WORKER02, WORKER_PARTIAL, ...this.address, part]);
+  }
+
   /** Sends the first reply to the current request. Ignores any other reply. */
   reply(token, body) {
     if (!this.address || token !== this.token) return;
     if (this.why) this.owner.log(`reply dropped: ${this.why}`);
+    else if (this.streams()) this.pass([WORKER02, WORKER_FINAL, ...this.address, ...body]);
     else this.send(REPLY, ...this.address, ...body);
     this.address = undefined;
     this.turns.release(this);

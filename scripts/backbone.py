@@ -10,7 +10,7 @@
         reply(['hello'] + message)
     BackboneService('greet', on_request).start()
 
-The protocol is MDP/0.1 (RFC 7). A message to send is a str, bytes, or a list of them. A
+The protocol is MDP/0.1 (RFC 7), and MDP/0.2 (RFC 18) for streams. A message to send is a str, bytes, or a list of them. A
 service receives a list of str. A client receives a str if the reply has one frame, and a
 list of str otherwise. A frame that is not UTF-8 is bytes instead of str; with encoding=None,
 every frame is bytes.
@@ -19,6 +19,7 @@ The file is also a program: backbone.py request|service --help
 """
 import asyncio
 import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import gc
@@ -36,7 +37,7 @@ import sys
 import threading
 import time
 import weakref
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Union
+from typing import Any, AsyncIterator, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Union
 
 import zmq
 from zmq.utils import z85
@@ -46,6 +47,7 @@ Frame = Union[str, bytes]
 Message = Union[None, Frame, Sequence[Frame]]
 Reply = Any  # a Frame or a list of them; the caller of a service knows which
 OnMessage = Callable[[Any], object]  # gets a Reply or a BackboneError
+OnStderr = Callable[[bytes], object]
 OnRequest = Callable[[List[Any], Callable[[Message], None]], object]
 Host = Union[None, str, Dict[str, Any]]
 Port = Union[None, str, int]
@@ -53,6 +55,16 @@ Broker = Union[None, str, Sequence[str]]  # endpoints, in the order of preferenc
 
 CLIENT, WORKER = b'MDPC01', b'MDPW01'
 READY, REQUEST, REPLY, HEARTBEAT, DISCONNECT = b'\1', b'\2', b'\3', b'\4', b'\5'
+
+# MDP/0.2. The command bytes of its clients and its workers differ.
+CLIENT02, WORKER02 = b'MDPC02', b'MDPW02'
+CLIENT_REQUEST, CLIENT_PARTIAL, CLIENT_FINAL = b'\1', b'\2', b'\3'
+WORKER_PARTIAL, WORKER_FINAL, WORKER_CREDIT = b'\3', b'\4', b'\7'
+STREAM_TOKEN = re.compile(rb'[0-9a-f]{8}\.[0-9]+~([1-9][0-9]*)(@.*)?', re.DOTALL)  # of bbroker, for a client that takes parts
+PART_SIZE = 64 << 10      # bytes of a part at most
+MAX_COLLECTED = 64 << 20  # bytes of the parts for a client that takes only one reply
+STDERR_KEPT = 64 << 10    # bytes of standard error that a StatusError has at the end of a stream
+
 HEARTBEAT_INTERVAL = 1.0  # seconds, in both directions
 LIVENESS = 5              # missed heartbeats after which the broker counts as lost
 DEFAULT_TIMEOUT = 3.0     # seconds
@@ -338,6 +350,10 @@ def _seconds(timeout):
     return seconds if 0 < seconds < MAX_TIMEOUT else 0
 
 
+def _deadline(timeout):
+    return time.monotonic() + timeout if timeout else None
+
+
 class BackboneClientMessage:
     """A request and its reply, as the frames that a REQ socket sends and receives."""
 
@@ -435,6 +451,9 @@ class _Connection:
         self.suspicions = 0   # times in a row that they failed while the broker kept another connection
         self.refused = None   # the error that says why no connection will come about
         self.names = set()    # of services that the broker had, if it is one of several
+        self.partials = None  # whether the broker passes on partial replies; None if that is not known yet
+        self.credit = False   # whether it also takes mmi.credit
+        self.unanswered = 0   # questions and grants of a stream that may still be answered
         _connect(self.socket, endpoint)
 
     def update(self):
@@ -697,9 +716,21 @@ class BackboneClient:
 
     async def _ask(self, service, message, timeout):
         timeout = _seconds(timeout)
-        end = time.monotonic() + timeout if timeout else None
+        end = _deadline(timeout)
         request = BackboneClientMessage(service, message, self.encoding)
         frames = request.serialize()
+        async with self._turn(timeout):
+            connection = await self._acquire(frames[1], timeout, end)
+            async with self._use(connection, frames[1]):
+                self._send(connection, CLIENT, *frames[1:])
+                reply = await self._receive(connection, end)
+                if reply is None:
+                    raise self._overdue(connection, timeout)
+                return request.parse_reply(reply[1:] if reply[0] == b'' else [])
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, timeout):
+        """Waits until a request may have a connection."""
         turn = _turns.take()
         try:
             if not turn.done():
@@ -707,47 +738,208 @@ class BackboneClient:
             if not turn.done():
                 raise RequestTimeout('not sent within %gs: %d other requests are in progress' % (timeout, MAX_CONNECTIONS))
             with _wrap(zmq.ZMQError, self.endpoint):
-                return await self._exchange(request, frames, timeout, end)
+                yield
         finally:
             _turns.give_back(turn)
 
-    async def _exchange(self, request, frames, timeout, end):
-        connection = await self._acquire(frames[1], timeout, end)
-        socket, monitor = connection.socket, connection.monitor
+    @contextlib.asynccontextmanager
+    async def _use(self, connection, name):
+        """Keeps a connection after a request for the next one, or takes the request back and closes the connection."""
         try:
-            with contextlib.suppress(zmq.Again):  # the broker has refused the connection; the monitor tells why
-                socket.send_multipart([b''] + frames, zmq.NOBLOCK)
-            while True:
-                left = None if end is None else max(0, end - time.monotonic())
-                ready = await self._poll([socket, monitor], None if left is None else left * 1000 + 1)
-                connection.update()
-                # A broker that stops may send a reply just before it closes the connection.
-                if socket in ready or connection.lost and socket.poll(0):
-                    reply = socket.recv_multipart()
-                    result = request.parse_reply(reply[1:] if reply[0] == b'' else [])
-                    break
-                if connection.lost:
-                    self._leave(connection.endpoint)
-                    raise ConnectionLost('lost the broker at %s before its reply' % connection.endpoint)
-                if connection.refused:
-                    raise connection.refused
-                if left == 0 and connection.connected:
-                    raise RequestTimeout('no reply from %s within %gs' % (connection.endpoint, timeout))
-                if left == 0:
-                    raise NoBroker('no broker at %s within %gs' % (self.endpoint, timeout))
+            yield
         except StatusError:
-            self._idle.append(connection)
+            self._keep(connection)
             raise
         except BaseException:
-            if connection.connected and not connection.lost and not frames[1].startswith(b'mmi.'):
-                # Cancel the request if it has not begun. The reply shows that mmi.cancel was sent.
-                socket.send_multipart([b'', CLIENT, b'mmi.cancel', b''])
-                await self._poll([socket], CANCEL_PATIENCE * 1000)
+            if connection.connected and not connection.lost and not name.startswith(b'mmi.'):
+                await self._cancel(connection)
             # Close it, so that a late reply is not taken for the reply to the next request.
             connection.close()
             raise
-        self._idle.append(connection)
-        return result
+        self._keep(connection)
+
+    def _keep(self, connection):
+        if connection.unanswered:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    async def _cancel(self, connection):
+        """Cancels the request. The reply, which may come after parts, shows that mmi.cancel was sent."""
+        end = time.monotonic() + CANCEL_PATIENCE
+        self._send(connection, CLIENT02 if connection.partials else CLIENT, b'mmi.cancel', b'')
+        while time.monotonic() < end:
+            ready = await self._poll([connection.socket], max(0, end - time.monotonic()) * 1000 + 1)
+            if ready and b'mmi.cancel' in connection.socket.recv_multipart()[:4]:
+                break
+
+    @staticmethod
+    def _send(connection, protocol, name, *body):
+        head = [b'', CLIENT, name] if protocol == CLIENT else [CLIENT02, CLIENT_REQUEST, name]
+        with contextlib.suppress(zmq.Again):  # the broker has refused the connection; the monitor tells why
+            connection.socket.send_multipart(head + list(body), zmq.NOBLOCK)
+
+    async def _receive(self, connection, end):
+        """Returns the next message, or None at the end of the time. Raises if the connection is lost or refused."""
+        socket, monitor = connection.socket, connection.monitor
+        while True:
+            left = None if end is None else max(0, end - time.monotonic())
+            ready = await self._poll([socket, monitor], None if left is None else left * 1000 + 1)
+            connection.update()
+            # A broker that stops may send a reply just before it closes the connection.
+            if socket in ready or connection.lost and socket.poll(0):
+                return socket.recv_multipart()
+            if connection.lost:
+                self._leave(connection.endpoint)
+                raise ConnectionLost('lost the broker at %s before its reply' % connection.endpoint)
+            if connection.refused:
+                raise connection.refused
+            if left == 0:
+                return None
+
+    def _overdue(self, connection, timeout):
+        """Returns the error for a request that has no reply within the timeout."""
+        if connection.connected:
+            return RequestTimeout('no reply from %s within %gs' % (connection.endpoint, timeout))
+        return NoBroker('no broker at %s within %gs' % (self.endpoint, timeout))
+
+    def stream(self, service: Frame, message: Message = None, timeout: Optional[float] = None,
+               on_stderr: Optional[OnStderr] = None) -> Iterator[bytes]:
+        """Returns an iterator of the output of a service, as bytes, in parts as they come.
+
+        The first step sends the request. timeout is the longest silence in seconds; 0 means none. on_stderr
+        is called with each part of standard error. A failure raises a StatusError after the last part.
+        close(), and the end of a loop by break or an exception, take the request back.
+        """
+        parts = self._stream(service, message, timeout, on_stderr)
+        try:
+            while True:
+                try:
+                    parts.__anext__().send(None)  # runs to the end, because _wait and _poll block
+                except StopIteration as step:
+                    yield step.value
+        except StopAsyncIteration:
+            pass
+        finally:
+            with contextlib.suppress(StopIteration):
+                parts.aclose().send(None)
+
+    async def _stream(self, service, message, timeout, on_stderr):
+        timeout = _seconds(timeout)
+        end = _deadline(timeout)
+        _, name, *body = BackboneClientMessage(service, message).serialize()
+        async with self._turn(timeout):
+            connection = await self._acquire(name, timeout, end)
+            async with self._use(connection, name):
+                await self._learn_partials(connection, timeout, end)
+                reply = _PartialReply(connection, name, self._send)
+                reply.request(body)
+                end = _deadline(timeout)
+                while not reply.ended:
+                    frames = await self._receive(connection, end)
+                    if frames is None:
+                        raise self._overdue(connection, timeout)
+                    part = reply.parse(frames)
+                    if not part:
+                        continue
+                    output, stderr = part
+                    if stderr and on_stderr:
+                        on_stderr(stderr)
+                    for frame in output:
+                        if frame:
+                            yield frame
+                    reply.grant()
+                    end = _deadline(timeout)
+                if reply.failure:
+                    raise reply.failure
+
+    async def _learn_partials(self, connection, timeout, end):
+        """Asks the broker of a new connection whether it passes on partial replies."""
+        for protocol in (CLIENT, CLIENT02):
+            if connection.partials is not None:
+                return
+            self._send(connection, protocol, b'mmi.service', b'mmi.credit')
+            connection.unanswered += 1
+            answer, stood = None, False
+            while answer is None and not stood:  # for PATIENCE from when the connection stands
+                stood = connection.connected
+                patience = time.monotonic() + PATIENCE
+                answer = await self._receive(connection, patience if end is None else min(patience, end))
+                if answer is None and end is not None and time.monotonic() >= end:
+                    raise self._overdue(connection, timeout)
+            if answer is not None:
+                connection.unanswered -= 1
+                connection.credit = answer[-1] == b'200'
+                connection.partials = connection.credit or answer[0] == CLIENT02 or answer[:2] == [b'', CLIENT02]
+        if connection.partials is None:
+            connection.partials = False
+
+
+class _PartialReply:
+    """The reply to a stream's request: what its messages mean, and the credit that the broker gets for them."""
+
+    def __init__(self, connection, name, send):
+        self.connection, self.name, self._send = connection, name, send
+        self.protocol = CLIENT02 if connection.partials else CLIENT
+        self.grants = connection.credit  # the broker awaits them
+        self.owed = 0         # parts that were taken and not granted
+        self.asked = False    # a grant is unanswered
+        self.ended = False
+        self.failure = None   # a StatusError, once it has ended
+        self._stderr = b''    # the last of it
+
+    def request(self, body):
+        self._send(self.connection, self.protocol, self.name, *body)
+        if self.grants:
+            self._grant()
+
+    def grant(self):
+        """Grants a part for one that was taken. Only one grant is on its way at a time."""
+        self.owed += 1
+        if self.grants and not self.asked and not self.ended:
+            self._grant()
+
+    def _grant(self):
+        self.asked = True
+        self.connection.unanswered += 1
+        self._send(self.connection, CLIENT02, b'mmi.credit', b'%d' % self.owed)
+        self.owed = 0
+
+    def parse(self, frames):
+        """Returns the frames of output and the standard error in a part, or None for another message."""
+        kind, body = self._cut(frames)
+        if kind is None:
+            return None
+        self.ended = kind == CLIENT_FINAL
+        status = _status(body)
+        output, stderr = ([status.stdout], status.stderr) if status else (body, b'')
+        self._stderr = (self._stderr + stderr)[-STDERR_KEPT:]
+        if self.ended and status and status.status != 0:
+            self.failure = StatusError(status.status, b'', self._stderr)
+        return output, stderr
+
+    def _cut(self, frames):
+        """Returns the kind and the body of a message, or (None, []) for the answer to a question or a grant."""
+        frames = frames[1:] if frames[0] == b'' else frames
+        protocol, second, third = (frames + [None] * 3)[:3]
+        if protocol == self.protocol == CLIENT and second == self.name:
+            return CLIENT_FINAL, frames[2:]
+        if protocol == CLIENT02 == self.protocol and third == b'mmi.credit':
+            self._answered(frames[3:])
+            return None, []
+        if protocol == CLIENT02 == self.protocol and second in (CLIENT_PARTIAL, CLIENT_FINAL):
+            return second, frames[3:] if third == self.name else frames[2:]  # some brokers leave the name out
+        if protocol == CLIENT and second == b'mmi.service' or protocol == CLIENT02 and self.protocol == CLIENT:
+            self.connection.unanswered -= 1  # it comes late
+            return None, []
+        raise ProtocolError('bad reply: %r' % (frames[:4],))
+
+    def _answered(self, answer):
+        self.connection.unanswered -= 1
+        self.asked = False
+        self.grants = self.grants and answer == [b'200']
+        if self.grants and self.owed:
+            self._grant()
 
 
 def _poller(waits):
@@ -771,6 +963,11 @@ class AsyncBackboneClient(BackboneClient):
                    timeout: Optional[float] = None) -> Reply:
         return await self._ask(service, message, timeout)
 
+    def stream(self, service: Frame, message: Message = None, timeout: Optional[float] = None,  # type: ignore[override]
+               on_stderr: Optional[OnStderr] = None) -> AsyncIterator[bytes]:
+        """Is BackboneClient.stream for async for. aclose() takes the request back, and so does cancelling the task."""
+        return self._stream(service, message, timeout, on_stderr)
+
     async def _wait(self, turn, seconds):
         await asyncio.wait([asyncio.wrap_future(turn)], timeout=seconds)
 
@@ -786,6 +983,7 @@ class AsyncBackboneClient(BackboneClient):
                 ready = dict(_poller(waits).poll(0))
                 left = None if end is None else end - time.monotonic()
                 if ready or left is not None and left <= 0:
+                    await asyncio.sleep(0)  # a stream that is always ready must not keep others from running
                     return ready
                 try:
                     await asyncio.wait_for(woken.wait(), left)
@@ -806,6 +1004,10 @@ class BackboneService:
     later, or returns the reply: a str, bytes, or a list of them. The client gets a failure if
     on_request raises an exception, or ends and leaves nothing that could call reply.
     on_request may block, because another thread sends the heartbeats.
+
+    If on_request is a generator or an async one, or returns such an iterator, what it yields goes to
+    the client as it comes, if the client takes a stream. A generator waits at yield for a client that
+    is slow, and is closed if nobody awaits the reply any more.
 
     With several brokers it serves all of them. A request that comes while on_request has one of
     another broker is handed back.
@@ -903,16 +1105,17 @@ class BackboneService:
         with contextlib.suppress(BlockingIOError):  # enough to wake it is there already
             self._wake_sender.send(b'.')
 
-    def _answer(self, address, body):
-        """Sends the reply to a request: its frames, or a str that says why there is none."""
-        self._replies.put((address, body))
+    def _answer(self, request, body, last=True):
+        """Sends the reply to a request: its frames, or a str that says why there is none. Or else sends a part of it."""
+        request.replied = request.replied or last
+        self._replies.put((request, body, last))
         self._notify()
 
     def _work(self):
         """Calls on_request for each request."""
         request = self._requests.get()
         while request:
-            replied = self._handle(*request)
+            replied = self._handle(request)
             request = self._next_request(replied)
 
     def _next_request(self, replied):
@@ -926,28 +1129,75 @@ class BackboneService:
                 pause = min(2 * pause, longest)
         return self._requests.get()
 
-    def _handle(self, address, body):
+    def _handle(self, request):
         """Calls on_request for a request. Returns whether it has its reply."""
-        replied = False
-
         def reply(message):
-            nonlocal replied
-            replied = True
             try:
-                self._answer(address, _frames(message))
+                body = _frames(message)
             except UsageError as error:
-                self._answer(address, str(error))
-        weakref.finalize(reply, self._answer, address, NO_REPLY).atexit = False
+                body = str(error)
+            request.end()
+            self._answer(request, body)
+        weakref.finalize(reply, self._answer, request, NO_REPLY).atexit = False
         try:
-            result = self.on_request([_decode(frame, self.encoding) for frame in body], reply)
-            if inspect.iscoroutine(result):
-                result = asyncio.run(result)
-            if not replied and isinstance(result, (str, bytes, bytearray, memoryview, list, tuple)):
+            result = self.on_request([_decode(frame, self.encoding) for frame in request.body], reply)
+            if inspect.iscoroutine(result) or isinstance(result, collections.abc.AsyncIterator):
+                result = asyncio.run(self._finish(request, result))
+            if isinstance(result, collections.abc.Iterator):
+                result = self._send_parts(request, result)
+            if not request.replied and isinstance(result, (str, bytes, bytearray, memoryview, list, tuple)):
                 reply(result)
         except BaseException as error:  # such as SystemExit, which would end nothing but this thread
-            replied = True
-            self._answer(address, _failure(error))
-        return replied
+            self._answer(request, _failure(error))
+        return request.replied
+
+    async def _finish(self, request, result):
+        """Returns what on_request has to reply in the end. Sends the parts of an asynchronous iterator."""
+        if inspect.iscoroutine(result):
+            result = await result
+        if not isinstance(result, collections.abc.AsyncIterator):
+            return result
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def cancel(_):
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(task.cancel)
+        request.over.add_done_callback(cancel)
+        try:
+            async for part in result:
+                for credit in self._send_part(request, part):
+                    await asyncio.wait([asyncio.wrap_future(credit)])
+        finally:
+            if hasattr(result, 'aclose'):
+                await result.aclose()
+        return bytes(request.collected)
+
+    def _send_parts(self, request, result):
+        """Sends the parts of an iterator. Returns what is left to reply in the end."""
+        try:
+            for part in result:
+                for credit in self._send_part(request, part):
+                    concurrent.futures.wait([credit])
+                if request.over.done():
+                    break
+        finally:
+            if hasattr(result, 'close'):
+                result.close()
+        return bytes(request.collected)
+
+    def _send_part(self, request, part):
+        """Sends a part in pieces, or collects it. Yields a future before each piece, which the caller has to wait for."""
+        data = b''.join(_frames(part))
+        if not request.takes_parts:
+            request.collected += data
+            if len(request.collected) > MAX_COLLECTED:
+                raise BackboneError('a reply of more than %d bytes, to a client that takes no stream' % MAX_COLLECTED)
+            return
+        for start in range(0, len(data), PART_SIZE):
+            yield request.take_credit()
+            if request.over.done():
+                return
+            self._answer(request, [data[start:start + PART_SIZE]], last=False)
 
     def _keep_registered(self):
         """Registers with each broker, again after each loss, until disconnect is called."""
@@ -955,9 +1205,9 @@ class BackboneService:
         sessions = [_Session(self, turns, *broker) for broker in self._brokers]
         while True:
             while not self._replies.empty():
-                address, body = self._replies.get()
+                reply = self._replies.get()
                 for session in sessions:
-                    session.reply(address, body)
+                    session.reply(*reply)
             due = min([session.step() for session in sessions] + [turns.step()])
             waits = [socket for session in sessions for socket in session.waits()]
             if self._stopping and not waits:
@@ -1008,13 +1258,53 @@ class _HandlerTurns:
         return self._until
 
 
+class _Request:
+    """A request in progress. One thread calls on_request for it, and another has the socket."""
+
+    def __init__(self, address, body):
+        self.address, self.body = address, body  # the address with the empty frame behind it
+        token = STREAM_TOKEN.fullmatch(address[0]) if len(address) == 2 else None
+        self.takes_parts = bool(token)
+        self.replied = False
+        self.collected = bytearray()  # the parts, if the client takes none
+        self.over = concurrent.futures.Future()  # is done when nobody awaits parts any more
+        self._lock = threading.Lock()
+        self._credit = int(token[1]) if token else 0  # parts that may be sent
+        self._awaited = None  # a future of the credit for the next part
+
+    def take_credit(self):
+        """Returns a future that is done once the next part may be sent, or nobody awaits it."""
+        with self._lock:
+            self._awaited = future = concurrent.futures.Future()
+            future.set_running_or_notify_cancel()  # so that asyncio cannot cancel it
+            self._settle()
+            return future
+
+    def _settle(self):
+        if self._awaited and (self._credit > 0 or self.over.done()):
+            self._credit -= 1
+            self._awaited.set_result(None)
+            self._awaited = None
+
+    def grant(self, number):
+        with self._lock:
+            self._credit += number
+            self._settle()
+
+    def end(self):
+        """Tells on_request that nobody awaits parts any more."""
+        if not self.over.done():
+            self.over.set_result(None)
+        self.grant(0)
+
+
 class _Session:
     """The registrations of a service with one broker: one after another, each from READY to DISCONNECT on a new socket."""
 
     def __init__(self, service, turns, endpoint, keys):
         self.service, self.turns, self.endpoint, self.keys = service, turns, endpoint, keys
         self.connection = None
-        self.current = None  # the address of the request in progress
+        self.current = None  # the _Request in progress
         self.why = None      # the registration is over; if the broker refused the service, a BackboneError
         self.due = 0.0       # when to send the next heartbeat, or to register again
         self.registered = False
@@ -1037,23 +1327,31 @@ class _Session:
         self.registered, self.heard = True, time.monotonic()
         self._send(READY, _bytes(self.service.service))
 
-    def reply(self, address, body):
-        """Sends the reply to a request, unless it is a second one, or one for another session."""
-        if address is not self.current:
+    def reply(self, request, body, last):
+        """Sends a part of the reply to a request, or the last of it, unless it is a second one, or one for another session."""
+        if request is not self.current:
             return
-        self.current = None
-        self.turns.release(self)
+        if last:
+            self.current = None
+            self.turns.release(self)
         if isinstance(body, str):
             self._log(body)
             body = _failure(StatusError(1, b'', '%s: %s\n' % (self.service.service, body)))
-        if self.why:
+        if self.why and last:
             self._log('reply dropped: %s' % self.why)
+        elif self.why:
+            pass  # the last one follows
+        elif request.takes_parts:
+            self._pass_on([WORKER02, WORKER_FINAL if last else WORKER_PARTIAL] + request.address + body)
         else:
-            self._send(REPLY, *address, *body)
+            self._send(REPLY, *request.address, *body)
 
     def _send(self, *frames):
+        self._pass_on([b'', WORKER] + list(frames))
+
+    def _pass_on(self, message):
         try:
-            self.connection.socket.send_multipart([b'', WORKER] + list(frames), zmq.NOBLOCK)
+            self.connection.socket.send_multipart(message, zmq.NOBLOCK)
         except zmq.Again:
             self.connection.update()
             self.why = self.why or self.connection.refused or 'the broker does not accept messages'
@@ -1070,6 +1368,11 @@ class _Session:
         if self.connection.socket.poll(0):
             self.heard = now
             self._receive(*_command(self.connection.socket.recv_multipart()))
+        if self.connection.lost and self.current and self.current.takes_parts:
+            self.why = self.why or 'lost the connection to the broker'
+        self.connection.lost = False  # the socket connects again
+        if self.why and self.current and self.current.takes_parts:
+            self.current.end()
         if now >= self.due:
             self.due = now + HEARTBEAT_INTERVAL
             if self.registered and not self.why:
@@ -1086,11 +1389,14 @@ class _Session:
             self.why = _disconnected(rest)
         elif kind == HEARTBEAT:
             self.turns.decline(self)
+        elif kind == WORKER_CREDIT:
+            if self.current and rest[:-1] == self.current.address and re.fullmatch(b'[0-9]{1,9}', rest[-1]):
+                self.current.grant(int(rest[-1]))
         elif kind == REQUEST and b'' in rest and not self.current and self.registered:
             cut = rest.index(b'') + 1
             if self.turns.take(self):
-                self.current = rest[:cut]
-                self.service._requests.put((self.current, rest[cut:]))
+                self.current = _Request(rest[:cut], rest[cut:])
+                self.service._requests.put(self.current)
             else:
                 self._send(DISCONNECT, *BUSY)
                 self.registered = False
@@ -1146,7 +1452,7 @@ def _command(frames):
     """Returns the command of a message to a worker and the frames after it, or (None, [])."""
     # Dispatchr Backbone may omit the empty first frame.
     frames = frames[1:] if frames and frames[0] == b'' else frames
-    if len(frames) < 2 or frames[0] != WORKER:
+    if len(frames) < 2 or frames[0] != WORKER and (frames[0], frames[1]) != (WORKER02, WORKER_CREDIT):
         return None, []
     return frames[1], frames[2:]
 
