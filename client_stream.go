@@ -140,9 +140,7 @@ func (p *streamPrinter) print() error {
 			if err := p.out.Flush(); err != nil {
 				return err
 			}
-			if _, err := os.Stderr.Write(part.Stderr); err != nil {
-				return err
-			}
+			os.Stderr.Write(part.Stderr)
 		}
 		written = append(written, part)
 		if more && p.out.Buffered() > 0 {

@@ -138,8 +138,7 @@ func (c *CmdService) Handle(r Request) Reply {
 	}
 	if r.Stream != nil {
 		c.redirect(p, r.Stream.stdout(), r.Stream.stderr())
-		// A client that does not read keeps what has to end no longer than what ignores SIGTERM.
-		defer context.AfterFunc(p.ctx, func() { time.AfterFunc(c.KillAfter, r.Stream.close) })()
+		defer context.AfterFunc(p.ctx, func() { c.closeLate(p, r.Stream) })()
 	} else {
 		c.redirect(p, new(buffer), new(buffer))
 	}
@@ -226,6 +225,20 @@ func (c *CmdService) prepare(argv []string, env ...string) *process {
 
 func (p *process) signalGroup(s syscall.Signal) error {
 	return syscall.Kill(-p.Process.Pid, s)
+}
+
+// closeLate closes the stream of a process that has to end. A client that does not read keeps it no longer than
+// SIGTERM that is ignored, and when the service stops, no longer than the process itself.
+func (c *CmdService) closeLate(p *process, s *stream) {
+	var exited chan struct{}
+	if c.Abort.Err() != nil {
+		exited = p.exited
+	}
+	select {
+	case <-exited:
+	case <-time.After(c.KillAfter):
+	}
+	s.close()
 }
 
 // endWith ends the process when nobody wants it any more, unless stop is called before.

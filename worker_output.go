@@ -38,8 +38,12 @@ func (p *process) pipeTo(to io.Writer) (io.Writer, error) {
 // A copyBuffer holds as much as a pipe.
 type copyBuffer [64 << 10]byte
 
+// maxHeld is more bytes than any pipe holds.
+const maxHeld = 1 << 20
+
 // copyOutput copies what the process prints, and all that it has printed when it ends. A child of it
-// that keeps the output open is read for --kill-after more; waits for the output do not count.
+// that keeps the output open is read for --kill-after more. What is in the pipe by then is still read,
+// however long that takes for want of credit: it may be from the process itself.
 func (c *CmdService) copyOutput(p *process, pipe outputPipe) {
 	defer pipe.Close()
 	data, ok := c.copyBuffers.Get().(*copyBuffer)
@@ -47,22 +51,17 @@ func (c *CmdService) copyOutput(p *process, pipe outputPipe) {
 		data = new(copyBuffer)
 	}
 	defer c.copyBuffers.Put(data)
-	patience, exited := c.KillAfter, false
-	for {
-		begin := time.Now()
-		if exited {
-			pipe.SetReadDeadline(begin.Add(patience))
-		}
+	for left, exited := maxHeld, false; left > 0; {
 		n, err := pipe.Read(data[:])
-		late := errors.Is(err, os.ErrDeadlineExceeded)
-		if exited {
-			patience -= time.Since(begin)
-		}
-		switch {
-		case late && exited:
-			n = pipe.readNow(data[:])
-		case late:
+		switch late := errors.Is(err, os.ErrDeadlineExceeded); {
+		case late && !exited: // The process has ended.
 			<-p.exited
+			exited = true
+			pipe.SetReadDeadline(time.Now().Add(c.KillAfter))
+			continue
+		case late:
+			n = pipe.readNow(data[:])
+			left -= max(n, 0)
 		}
 		if n > 0 {
 			if _, failed := pipe.to.Write(data[:n]); failed != nil {
@@ -72,23 +71,19 @@ func (c *CmdService) copyOutput(p *process, pipe outputPipe) {
 				return
 			}
 		}
-		if err != nil && (!late || exited) {
+		if n <= 0 {
 			return
-		}
-		select {
-		case <-p.exited:
-			exited = true
-		default:
 		}
 	}
 }
 
-// readNow reads what is in the pipe.
+// readNow reads what is in the pipe, without waiting for more.
 func (p outputPipe) readNow(data []byte) (n int) {
 	p.SetReadDeadline(time.Time{})
+	defer p.SetReadDeadline(time.Now())
 	if connection, err := p.SyscallConn(); err == nil {
 		connection.Read(func(fd uintptr) (done bool) {
-			n, _ = syscall.Read(int(fd), data)
+			n, _ = syscall.Read(int(fd), data) // -1 if there is nothing
 			return true
 		})
 	}

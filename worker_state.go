@@ -31,6 +31,7 @@ type session struct {
 	working    bool
 	address    [][]byte // of the client whose request is in hand
 	reply      *Message // finished but not sent
+	finished   bool     // the last request was, and the broker may not know that yet
 
 	// Of the request in hand:
 	streams bool                    // its client takes partial replies
@@ -115,6 +116,7 @@ func (s *session) Receive(frames [][]byte) {
 	}
 
 	s.silence = 0
+	s.finished = s.finished && m.Kind == KindDisconnect
 	switch m.Kind {
 	case KindRequest:
 		s.request, s.address = &m, m.Client
@@ -173,7 +175,7 @@ func (s *session) disconnected(m Message) error {
 	if why, ok := m.because(notAllowed); ok {
 		return &failure{status: exitNotAllowed, err: errors.New(printable(why)), hint: mayServeHint}
 	}
-	if s.cancels() {
+	if s.cancels() || (s.request != nil || s.finished) && (s.streams || s.Cancel) {
 		return errUnwanted
 	}
 	return errors.New("the broker sent DISCONNECT")
@@ -271,6 +273,7 @@ func tokenOf(address [][]byte) string {
 
 // Finish takes the body of the reply to the request in hand.
 func (s *session) Finish(body [][]byte) {
+	s.finished = true
 	cancelled := s.over != nil && s.cancels()
 	s.working, s.silence, s.stream = false, 0, nil
 	if !cancelled {
