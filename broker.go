@@ -310,7 +310,8 @@ func removeSockets(endpoints []string) {
 // routerOutlet is the outlet of a broker that has a ROUTER.
 type routerOutlet struct {
 	*socket
-	waker *queueWaker
+	waker  *queueWaker
+	update func() // tells the broker what happened to connections
 }
 
 func (r routerOutlet) send(frames [][]byte, queue peerQueue) error {
@@ -318,6 +319,7 @@ func (r routerOutlet) send(frames [][]byte, queue peerQueue) error {
 	return r.sendCounted(frames, counted)
 }
 
+func (r routerOutlet) updateConnections()         { r.update() }
 func (r routerOutlet) newQueue() peerQueue        { return newSendQueue(r.waker) }
 func (r routerOutlet) queued() size               { return queuedForAll() }
 func (r routerOutlet) received(source int) uint64 { return bytesReceived(source) }
@@ -340,7 +342,10 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 	waker := newQueueWaker(waiter)
 	defer waker.close()
 
-	broker := NewBroker(flags, time.Now(), routerOutlet{router, waker}, log)
+	var broker *Broker
+	var monitorErr error
+	update := func() { monitorErr = errors.Join(monitorErr, reportConnections(router, broker)) }
+	broker = NewBroker(flags, time.Now(), routerOutlet{router, waker, update}, log)
 	guard.setWake(waiter.Wake)
 	memory := newMemoryKeeper(flags.MaxMemory)
 	sockets := []*socket{router}
@@ -406,14 +411,10 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			if frames == nil {
 				break
 			}
-			// ZeroMQ lets another peer have an identity only when all messages of the one before were
-			// received. With keys, the broker knows by then that the connection of that one broke.
-			if guard != nil || !broker.Knows(from.source, frames[0]) {
-				if err := reportConnections(router, broker); err != nil {
-					return err
-				}
-			}
 			broker.Receive(frames, from, now)
+			if monitorErr != nil {
+				return monitorErr
+			}
 			memory.passed(sizeOf(frames))
 		}
 	}

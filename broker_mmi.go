@@ -22,7 +22,7 @@ func (b *Broker) manage(name string, c *brokerClient, address, body [][]byte, mi
 			return []byte(mmiBadRequest)
 		}
 		s, ok := b.services[string(body[0])]
-		return mmiCode(ok && s.workers > 0 || slices.Contains(managed, string(body[0])))
+		return mmiCode(ok && (s.workers > 0 || b.now.Before(s.returning)) || slices.Contains(managed, string(body[0])))
 	case mmiCancel:
 		return mmiCode(b.cancel(c, address[1:]) > 0)
 	case mmiCredit:

@@ -208,7 +208,6 @@ func (b *Broker) sweepClients() {
 func (b *Broker) forgetClient(c *brokerClient) {
 	b.recall(c.recallable.all(nil), abandonedTotal, "its client is gone")
 	b.dropOwed(c)
-	delete(b.unread, c)
 	c.queue.close()
 }
 
@@ -239,6 +238,7 @@ func (b *Broker) giveUp(r *brokerRequest, reason counter, why string) {
 	}
 	b.tell(w, Message{Kind: KindDisconnect})
 	b.remove(w)
+	w.service.returning = b.now.Add(b.silenceLimit())
 	b.dispatch(w.service)
 }
 

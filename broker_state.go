@@ -32,7 +32,8 @@ type Broker struct {
 	unserved    int                      // services without workers
 	workers     map[string]*brokerWorker // by identity
 	clients     map[string]*brokerClient // by identity
-	unread      map[*brokerClient]bool   // that have to read before workers get credit for them
+	unread      map[*brokerRequest]bool  // streams whose client has to read before their worker gets credit
+	cancelling  int                      // workers that end their command if it is cancelled
 	sources     map[int]string           // identities, by the descriptor of their connection
 	connections map[int]uint64           // numbers of those that are open, by their descriptor
 	accepted    uint64                   // connections so far
@@ -57,6 +58,7 @@ type outlet interface {
 	newQueue() peerQueue
 	queued() size                   // bytes in all queues
 	received(source int) (n uint64) // bytes over a connection so far; 0 if that is unknown
+	updateConnections()             // calls Accepted and Disconnected for what happened up to the last message
 }
 
 // brokerFlags are the flags that the state machine obeys.
@@ -102,6 +104,7 @@ type brokerService struct {
 	queues     map[*brokerClient]*clientQueue // that are not empty
 	turns      list.List                      // of *clientQueue, the next one first
 	unservedAt time.Time                      // when it lost its last worker
+	returning  time.Time                      // until then a worker may come back that ends a command
 	tally      tally
 }
 
@@ -127,6 +130,7 @@ type brokerRequest struct {
 	begun    bool     // a part of the reply has come
 	onTheWay int      // parts that were passed on, for which the worker got no new credit
 	ahead    int      // parts for which the broker gave the worker credit, and the client has given none so far
+	window   int      // how many parts may be on their way
 	grants   bool     // the client gives credit
 	gathered [][]byte // parts for a client that takes none
 
@@ -147,7 +151,7 @@ func NewBroker(flags brokerFlags, now time.Time, out outlet, log *slog.Logger) *
 		services:      map[string]*brokerService{},
 		workers:       map[string]*brokerWorker{},
 		clients:       map[string]*brokerClient{},
-		unread:        map[*brokerClient]bool{},
+		unread:        map[*brokerRequest]bool{},
 		sources:       map[int]string{},
 		connections:   map[int]uint64{},
 		tokenPrefix:   fmt.Sprintf("%08x.", rand.Uint32()),
@@ -158,9 +162,8 @@ func NewBroker(flags brokerFlags, now time.Time, out outlet, log *slog.Logger) *
 	}
 }
 
-// Knows tells whether a connection is known to be that of an identity. If not, events of connections
-// that broke before have to come before the message: the descriptor may have been theirs.
-func (b *Broker) Knows(source int, identity []byte) bool {
+// knows tells whether a connection is known to be that of an identity.
+func (b *Broker) knows(source int, identity []byte) bool {
 	return source < 0 || b.sources[source] == string(identity)
 }
 
@@ -175,11 +178,18 @@ func (b *Broker) Receive(frames [][]byte, from sender, now time.Time) {
 		b.log.warn("identity", "messages ignored", "why", fmt.Sprintf("a peer has an identity of more than %d bytes", maxIdentity))
 		return
 	}
-	peer, mine, gone := frames[0], b.grantOf(from.user), b.isGone(from)
-	if !gone && !b.Knows(from.source, peer) {
+	peer, mine := frames[0], b.grantOf(from.user)
+	m, err := Parse(frames[1:])
+	// The connection that has the descriptor may be a new one, even of the same peer. What happened to the one
+	// before must not happen to this message. ZeroMQ lets another peer have an identity only when all messages
+	// of the one before were received: with keys, the broker has to know by then that its connection broke.
+	if b.access != nil || !b.knows(from.source, peer) || m.Dialect.ofClient() && (m.Dialect.hasPartials() || b.cancelling > 0) {
+		b.outlet.updateConnections()
+	}
+	gone := b.isGone(from)
+	if !gone && !b.knows(from.source, peer) {
 		b.sources[from.source] = string(peer)
 	}
-	m, err := Parse(frames[1:])
 	switch {
 	case err == nil && !m.Dialect.ofClient() && len(m.Address) > 0:
 		err = fmt.Errorf("%v: a worker has no address other than its identity", m.Kind)
@@ -274,7 +284,10 @@ func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, min
 // take accepts a request, which ends with end.
 func (b *Broker) take(r *brokerRequest) {
 	r.address, r.body = keep(r.address), keep(r.body)
-	r.token = b.nextToken(r.partials, b.grantOf(r.client.user).name)
+	if r.partials {
+		r.window = max(minWindow, min(maxWindow, clientWindow/(r.client.unfinished+1)))
+	}
+	r.token = b.nextToken(r.window, b.grantOf(r.client.user).name)
 	r.number = b.lastToken
 	b.hold(r)
 	if !b.assign(r) {
@@ -334,7 +347,7 @@ func (b *Broker) dispatch(s *brokerService) {
 		}
 		b.dequeue(r, true)
 	}
-	if s.workers == 0 && b.services[s.name] == s {
+	if s.workers == 0 && !b.now.Before(s.returning) && b.services[s.name] == s {
 		delete(b.services, s.name)
 		b.unserved--
 	}
@@ -381,7 +394,7 @@ func (b *Broker) Tick(now time.Time) time.Time {
 		}
 		b.sweepClients()
 		b.log.tick(now)
-		b.expiring = b.QueueTTL > 0
+		b.expiring = true
 	}
 	if b.forbidding {
 		if b.forbidWaiting(maxEnded); b.forbidding {
@@ -404,7 +417,11 @@ func (b *Broker) Tick(now time.Time) time.Time {
 func (b *Broker) expireQueues() (more bool) {
 	expired := 0
 	for _, s := range b.services {
-		if s.workers > 0 || b.now.Sub(s.unservedAt) < b.QueueTTL {
+		if s.workers > 0 {
+			continue
+		}
+		if b.QueueTTL == 0 || b.now.Sub(s.unservedAt) < b.QueueTTL {
+			b.dispatch(s) // It may be over.
 			continue
 		}
 		for _, q := range s.queues {
@@ -482,6 +499,7 @@ func (b *Broker) hold(r *brokerRequest) {
 func (b *Broker) end(r *brokerRequest) {
 	r.ended = true
 	r.unindex()
+	delete(b.unread, r)
 	b.unfinished--
 	b.held -= r.cost
 	r.client.unfinished--
@@ -574,11 +592,11 @@ func (b *Broker) Stop() {
 // and, with high probability, from those of other runs of the broker. If the client takes partial replies,
 // ~ and the number of those that may be on their way follow; and the name of the caller, if it is known, behind
 // an @.
-func (b *Broker) nextToken(partials bool, caller string) []byte {
+func (b *Broker) nextToken(window int, caller string) []byte {
 	b.lastToken++
 	token := strconv.AppendUint([]byte(b.tokenPrefix), b.lastToken, 10)
-	if partials {
-		token = strconv.AppendInt(append(token, '~'), streamWindow, 10)
+	if window > 0 {
+		token = strconv.AppendInt(append(token, '~'), int64(window), 10)
 	}
 	if caller != "" {
 		token = append(append(token, '@'), caller...)

@@ -8,14 +8,17 @@ import (
 // dropped: a stream that cannot be passed on breaks, and its client is told. For other clients the broker
 // gathers the parts.
 //
-// What may be on its way is limited by credit. bservice has it for streamWindow parts, and gets more when
+// What may be on its way is limited by credit. bservice has it for a window of parts, and gets more when
 // the client has used some (mmi.credit). For clients of others, which do not tell, the broker gives it as they
 // read: when what ZeroMQ holds for them is down to maxAhead.
 
 const (
-	// streamWindow is how many parts of a reply may be on their way from a service to its client. With parts
-	// of 64 KiB, 4 MiB are enough for 40 MB/s at a round trip of 0.1 s.
-	streamWindow = 64
+	// maxWindow is how many parts of a reply may be on their way from a service to its client. With parts of
+	// 64 KiB, 4 MiB are enough for 40 MB/s at a round trip of 0.1 s. The more requests a client has, the
+	// fewer parts of each: clientWindow in all, but minWindow of each.
+	maxWindow    = 64
+	minWindow    = 2
+	clientWindow = 8 * maxWindow
 
 	// maxAhead is how many bytes ZeroMQ may hold for a client that grants no credit before the broker gives no
 	// more of it.
@@ -32,7 +35,7 @@ func (b *Broker) receivePartial(w *brokerWorker, body [][]byte) {
 		b.forbid(r, true)
 	case !r.partials:
 		b.gather(r, body)
-	case w.isOurs && r.onTheWay >= streamWindow:
+	case w.isOurs && r.onTheWay >= r.window:
 		b.disconnect(w, "a part without credit")
 		b.dispatch(w.service)
 	default:
@@ -79,12 +82,12 @@ func mayReadLater(err error) bool { return err == errNotReading || err == errWou
 func (b *Broker) giveCredit(r *brokerRequest) {
 	c := r.client
 	switch {
-	case r.grants || r.worker == nil || !r.worker.isOurs || r.onTheWay < streamWindow/2:
+	case r.grants || r.worker == nil || !r.worker.isOurs || r.onTheWay < r.window/2:
 	case c.queue.size() <= maxAhead:
 		r.ahead += r.onTheWay
 		b.grant(r, r.onTheWay)
 	default:
-		b.unread[c] = true
+		b.unread[r] = true
 		c.queue.notify(maxAhead)
 	}
 }
@@ -101,7 +104,8 @@ func (b *Broker) grant(r *brokerRequest, parts int) {
 }
 
 // credit answers mmi.credit: the client of a stream, known by its address, takes so many more parts. Zero
-// tells that the client will give credit from now on.
+// tells that the client will give credit from now on. Streams of a client that run at the same time need
+// addresses of their own.
 func (b *Broker) credit(c *brokerClient, address, body [][]byte) string {
 	if len(body) != 1 {
 		return mmiBadRequest
@@ -111,37 +115,33 @@ func (b *Broker) credit(c *brokerClient, address, body [][]byte) string {
 		return mmiBadRequest
 	}
 	node := c.recallable.find(address)
-	if node == nil {
+	if node == nil || node.requests.Len() == 0 {
 		return mmiNotFound
 	}
-	answer := mmiNotFound
-	for e := node.requests.Front(); e != nil; e = e.Next() {
-		r := e.Value.(*brokerRequest)
-		switch {
-		case !r.partials:
-			continue
-		case int(parts) > r.ahead+r.onTheWay:
-			answer = mmiBadRequest // unless it is for another one with the same address
-			continue
-		}
-		r.grants = true
-		// Parts may have come before the first mmi.credit, so that the worker has the credit for them.
-		given := min(int(parts), r.ahead)
-		r.ahead -= given
-		b.grant(r, int(parts)-given)
-		return mmiFound
+	// The first words of a client about a request follow it; later ones are about the one that runs.
+	r := node.requests.Front().Value.(*brokerRequest)
+	if parts == 0 {
+		r = node.requests.Back().Value.(*brokerRequest)
 	}
-	return answer
+	switch {
+	case !r.partials:
+		return mmiNotFound
+	case int(parts) > r.ahead+r.onTheWay:
+		return mmiBadRequest
+	}
+	r.grants = true
+	// Parts may have come before the first mmi.credit, so that the worker has the credit for them.
+	given := min(int(parts), r.ahead)
+	r.ahead -= given
+	b.grant(r, int(parts)-given)
+	return mmiFound
 }
 
 // ClientsHaveRead is called when a queue is down to what its notify asked for.
 func (b *Broker) ClientsHaveRead() {
-	for c := range b.unread {
-		if c.queue.size() > maxAhead {
-			continue
-		}
-		delete(b.unread, c)
-		for _, r := range c.recallable.all(nil) {
+	for r := range b.unread {
+		if r.client.queue.size() <= maxAhead {
+			delete(b.unread, r)
 			b.giveCredit(r)
 		}
 	}

@@ -98,7 +98,7 @@ func TestTokenTellsThatTheClientTakesParts(t *testing.T) {
 	if !regexp.MustCompile(`^[0-9a-f]{8}\.1~64$`).MatchString(token) {
 		t.Errorf("the token is %q", token)
 	}
-	if token := string(r.nextToken(true, "ann")); !strings.HasSuffix(token, "~64@ann") {
+	if token := string(r.nextToken(maxWindow, "ann")); !strings.HasSuffix(token, "~64@ann") {
 		t.Errorf("the token is %q", token)
 	}
 }
@@ -238,7 +238,7 @@ func TestWorkerThatExceedsItsCreditIsDisconnected(t *testing.T) {
 	r := newFakeRouter(t)
 	token := r.beginStream()
 	r.from("C", "MDPC02", "\x01", "mmi.credit", "0")
-	r.sendParts(token, streamWindow)
+	r.sendParts(token, maxWindow)
 	r.from(streamWorker, "MDPW02", "\x03", token, "", "one too many")
 	r.expect(disconnectTo(streamWorker), final("C", "dump", "",
 		"bbroker: dump: the worker was lost while it had the request; the command may have run\n", "exit status 069"))
@@ -247,7 +247,7 @@ func TestWorkerThatExceedsItsCreditIsDisconnected(t *testing.T) {
 func TestBrokerGivesCreditForAClientThatGivesNoneAsItReads(t *testing.T) {
 	r := newFakeRouter(t)
 	token := r.beginStream()
-	const half = streamWindow / 2
+	const half = maxWindow / 2
 	r.sendParts(token, half-1)
 	r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
 	r.expect(part("C", "dump", "x"), credit(token, fmt.Sprint(half)))
@@ -275,7 +275,7 @@ func TestClientThatGivesCreditGetsNoneFromTheBroker(t *testing.T) {
 	token := r.beginStream()
 	r.from("C", "MDPC02", "\x01", "mmi.credit", "0")
 	r.expect(final("C", "mmi.credit", "200"))
-	for range streamWindow {
+	for range maxWindow {
 		r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
 		r.expect(part("C", "dump", "x"))
 	}
@@ -285,7 +285,7 @@ func TestClientThatGivesCreditGetsNoneFromTheBroker(t *testing.T) {
 func TestCreditOfTheBrokerIsNotGivenAgain(t *testing.T) {
 	r := newFakeRouter(t)
 	token := r.beginStream()
-	const half = streamWindow / 2
+	const half = maxWindow / 2
 	r.sendParts(token, half-1)
 	r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
 	r.expect(part("C", "dump", "x"), credit(token, fmt.Sprint(half)))
@@ -295,8 +295,8 @@ func TestCreditOfTheBrokerIsNotGivenAgain(t *testing.T) {
 		r.expect(final("C", "mmi.credit", answer))
 	}
 	grant(0, "200")
-	r.sendParts(token, streamWindow)
-	grant(half+streamWindow+1, "400")
+	r.sendParts(token, maxWindow)
+	grant(half+maxWindow+1, "400")
 	grant(half-1, "200")
 	r.from("C", "MDPC02", "\x01", "mmi.credit", "3")
 	r.expect(credit(token, "2"), final("C", "mmi.credit", "200"))
@@ -362,6 +362,59 @@ func TestStreamOfAClientThatGivesUpEnds(t *testing.T) {
 			}
 			r.expectLog(1, "request cancelled", token)
 		})
+	}
+}
+
+func TestRequestOfAClientThatConnectedAgainOverTheSameDescriptorGoesOn(t *testing.T) {
+	r := newFakeRouter(t)
+	token := r.beginStream()
+	r.from("other", "", "MDPW01", "\x01", "dump")
+	r.sendParts(token, 1)
+	r.happened = func() {
+		r.Disconnected(7, r.clock)
+		r.Accepted(7)
+	}
+	r.Receive(frames("C", "MDPC02", "\x01", "dump", "again"), sender{source: 7}, r.clock)
+	r.expect(disconnectTo(streamWorker), toWorker("other", "*", "again"))
+	if n := r.total.counts[cancelledTotal]; n != 1 || r.unfinished != 1 {
+		t.Errorf("%d requests were cancelled, %d are left", n, r.unfinished)
+	}
+}
+
+func TestServiceWhoseCommandWasCancelledIsStillThereForAWhile(t *testing.T) {
+	r := newFakeRouter(t)
+	r.beginStream()
+	r.from("C", "", "MDPC01", "mmi.cancel", "")
+	r.sent = nil
+	asked := func(want string) {
+		t.Helper()
+		r.from("C", "", "MDPC01", "mmi.service", "dump")
+		r.expect([]string{"C", "", "MDPC01", "mmi.service", want})
+	}
+	asked("200")
+	r.pass(r.Liveness - 1)
+	asked("200")
+	if n := r.services["dump"].tally.counts[cancelledTotal]; n != 1 {
+		t.Errorf("the service counts %d cancelled requests", n)
+	}
+	r.pass(2)
+	asked("404")
+	if len(r.services) != 0 || r.unserved != 0 {
+		t.Error("the service is still there")
+	}
+}
+
+func TestStreamsOfOneClientShareWhatMayBeOnItsWay(t *testing.T) {
+	r := newFakeRouter(t)
+	r.MaxMemory, r.MaxQueue = 1<<30, 1000
+	for i := range 500 {
+		r.from(fmt.Sprint("W", i), "", "MDPW01", "\x01", "dump")
+		r.from("C", fmt.Sprint(i), "MDPC02", "\x01", "dump")
+	}
+	for i, want := range map[int]string{0: "~64", 7: "~64", 99: "~5", 499: "~2"} {
+		if token := r.sent[i][4]; !strings.HasSuffix(token, want) {
+			t.Errorf("the token of stream %d is %s, want %s at its end", i, token, want)
+		}
 	}
 }
 

@@ -81,7 +81,7 @@ func BenchmarkHeartbeats(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer router.Close()
-	broker := NewBroker(testFlags, time.Now(), routerOutlet{router, newQueueWaker(newPollWaiter())}, noLog)
+	broker := NewBroker(testFlags, time.Now(), routerOutlet{router, newQueueWaker(newPollWaiter()), func() {}}, noLog)
 	waiter := newPollWaiter()
 	receive := func(n int) {
 		end := time.Now().Add(10 * time.Second)

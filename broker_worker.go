@@ -61,6 +61,9 @@ func (b *Broker) register(from sender, mine *grant, identity []byte, m Message) 
 		b.unserved--
 	}
 	b.workers[w.identity] = w
+	if w.cancels {
+		b.cancelling++
+	}
 	b.makeIdle(w)
 	b.dispatch(w.service)
 }
@@ -252,6 +255,9 @@ func (b *Broker) takeBack(r *brokerRequest, ahead bool) {
 // remove forgets a worker and returns the request that it had, nil if there is none or it has ended.
 func (b *Broker) remove(w *brokerWorker) *brokerRequest {
 	delete(b.workers, w.identity)
+	if w.cancels {
+		b.cancelling--
+	}
 	w.queue.close()
 	w.comeBack()
 	if w.service.workers--; w.service.workers == 0 {

@@ -262,6 +262,8 @@ type fakeRouter struct {
 	bytes  map[int]uint64        // received, by connection
 	log    strings.Builder
 	clock  time.Time
+
+	happened func() // to connections, of which the broker has not been told
 }
 
 // A fakeQueue is what a peer has not read, as far as a test says so.
@@ -276,6 +278,13 @@ func (r *fakeRouter) send(frames [][]byte, queue peerQueue) error {
 		r.queues[string(frames[0])] = q
 	}
 	return r.record(frames)
+}
+
+func (r *fakeRouter) updateConnections() {
+	if r.happened != nil {
+		r.happened()
+		r.happened = nil
+	}
 }
 
 func (r *fakeRouter) newQueue() peerQueue { return &fakeQueue{} }

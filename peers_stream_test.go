@@ -157,7 +157,7 @@ func TestSlowReaderHoldsTheProducerInAnyLanguage(t *testing.T) {
 		// The service is one part ahead of its credit at most.
 		for taken := 2; taken <= 300; taken++ {
 			client.expect("next", fmt.Sprintln(taken-1))
-			if produced := len(s.words("notes")); produced > taken+streamWindow+1 {
+			if produced := len(s.words("notes")); produced > taken+maxWindow+1 {
 				t.Fatalf("the client has taken %d parts, and the service has made %d", taken, produced)
 			}
 		}

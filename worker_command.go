@@ -241,6 +241,14 @@ func (c *CmdService) closeLate(p *process, s *stream) {
 	s.close()
 }
 
+// endRest ends what is left of the group if the process had to end: exec ends the leader only, and the others
+// may ignore SIGTERM.
+func (p *process) endRest() {
+	if p.ctx.Err() != nil {
+		p.signalGroup(syscall.SIGKILL)
+	}
+}
+
 // endWith ends the process when nobody wants it any more, unless stop is called before.
 func (p *process) endWith(wanted context.Context) (stop func() bool) {
 	return context.AfterFunc(wanted, func() { p.end(context.Cause(wanted)) })
@@ -305,12 +313,10 @@ func (c *CmdService) start(p *process) (err error) {
 			pipe.SetReadDeadline(time.Now()) // ends a read
 		}
 		close(p.exited)
+		p.endRest() // It may hold the output open.
 		copies.Wait()
 		p.log.End()
-		if p.ctx.Err() != nil {
-			// exec ends the leader only; the rest of the group may ignore SIGTERM.
-			p.signalGroup(syscall.SIGKILL)
-		}
+		p.endRest()
 		close(p.ended)
 	}()
 	return nil

@@ -438,6 +438,27 @@ func TestPartsGoOutWithCreditOnlyAndBeforeTheFinalReply(t *testing.T) {
 	s.expect(partOf("01234567.8~1", "1"))
 }
 
+func TestStreamThatIsCancelledAsItEndsIsNoReasonToWait(t *testing.T) {
+	for name, test := range map[string]struct {
+		before func(s *fakeSession)
+		quiet  bool
+	}{
+		"right after the reply": {func(s *fakeSession) { s.Finish(frames("end")) }, true},
+		"later": {func(s *fakeSession) {
+			s.Finish(frames("end"))
+			s.from("", "MDPW01", "\x04")
+		}, false},
+	} {
+		s := newFakeSession(t)
+		s.beginStream()
+		test.before(s)
+		s.from("", "MDPW01", "\x05")
+		if got := s.over == errUnwanted; got != test.quiet {
+			t.Errorf("%s: the session is over because of %v", name, s.over)
+		}
+	}
+}
+
 func TestTickReturnsWhenAPartIsDue(t *testing.T) {
 	s := newFakeSession(t)
 	s.beginStream()
