@@ -64,8 +64,8 @@ The broker itself answers these names:
   mmi.service NAME       200 if somebody serves NAME, 404 if nobody does
   mmi.services           a table of the services
   mmi.metrics            what happened so far, in Prometheus' text format
-  mmi.cancel             gives up the requests of the same client that wait, and streams
-  mmi.credit N           lets a stream of the client send N more parts
+  mmi.cancel             cancels the client's waiting requests and its running streams
+  mmi.credit N           lets the client's stream send N more parts
 
 Examples:
   $ bbroker &

@@ -366,18 +366,28 @@ func TestStreamOfAClientThatGivesUpEnds(t *testing.T) {
 }
 
 func TestRequestOfAClientThatConnectedAgainOverTheSameDescriptorGoesOn(t *testing.T) {
-	r := newFakeRouter(t)
-	token := r.beginStream()
-	r.from("other", "", "MDPW01", "\x01", "dump")
-	r.sendParts(token, 1)
-	r.happened = func() {
-		r.Disconnected(7, r.clock)
-		r.Accepted(7)
-	}
-	r.Receive(frames("C", "MDPC02", "\x01", "dump", "again"), sender{source: 7}, r.clock)
-	r.expect(disconnectTo(streamWorker), toWorker("other", "*", "again"))
-	if n := r.total.counts[cancelledTotal]; n != 1 || r.unfinished != 1 {
-		t.Errorf("%d requests were cancelled, %d are left", n, r.unfinished)
+	for name, request := range map[string][]string{
+		"stream":                        {"C", "MDPC02", "\x01", "dump", "x"},
+		"request that can be cancelled": {"C", "", "MDPC01", "dump", "x"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newFakeRouter(t)
+			workers := []string{workerPrefix + "1", workerPrefix + "2"}
+			for _, worker := range workers {
+				r.from(worker, "", "MDPW01", "\x01", "dump", "cancel")
+			}
+			r.Receive(frames(request...), sender{source: 7}, r.clock)
+			r.expect(toWorker(workers[0], "*", "x"))
+			r.happened = func() {
+				r.Disconnected(7, r.clock)
+				r.Accepted(7)
+			}
+			r.Receive(frames(request...), sender{source: 7}, r.clock)
+			r.expect(disconnectTo(workers[0]), toWorker(workers[1], "*", "x"))
+			if n := r.total.counts[cancelledTotal]; n != 1 || r.unfinished != 1 {
+				t.Errorf("%d requests were cancelled, %d are left", n, r.unfinished)
+			}
+		})
 	}
 }
 

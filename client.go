@@ -30,7 +30,7 @@ and -- before an ARG that looks like a flag.
   -0, --null              use NUL bytes instead of newlines: after the lines of standard
                           input, and after the frames or replies on standard output
       --stdin             send all of standard input, as it is, as one last argument
-      --stream            print output as it comes; give up after too long a silence
+      --stream            print output as it comes; --timeout is the longest silence
       --retries N         after 69, 75 or 124, try again up to N times (0)
       --no-wait           end with 69 at once if nobody serves NAME
       --list              print the services of the broker
@@ -139,7 +139,7 @@ func (t *requestTool) check() error {
 	case t.Name == "" && !t.List:
 		return misuse("brequest ls-service", "no service name")
 	case t.Stream && (t.Each || t.List):
-		return misuse("brequest --stream NAME, once for each", "--stream prints the output of one request; it does not go with --each or --list")
+		return misuse("brequest --stream NAME", "--stream can't be used with --each or --list: it prints the output of one request")
 	case t.Retries < 0:
 		return misuse("--retries 3", "--retries must be 0 or more, not %d", t.Retries)
 	}

@@ -42,9 +42,13 @@ func (t *requestTool) stream(client *Client, request *call, status *statusLine, 
 	if err := p.finish(client.stop); err != nil {
 		return err
 	}
-	t.console("brequest").debugf("%s: received a reply of %d parts and the end", t.Name, request.stream.parts)
-	if request.err != nil {
+	switch parts := request.stream.parts; {
+	case request.err != nil && parts > 0:
+		return t.explain(client, fmt.Errorf("%w; the output is incomplete", request.err))
+	case request.err != nil:
 		return t.explain(client, request.err)
+	default:
+		t.console("brequest").debugf("%s: parts received: %d, and the end, with status %d", t.Name, parts, request.reply.Status)
 	}
 	return failureIn(request.reply)
 }

@@ -20,6 +20,7 @@ func TestMain(m *testing.M) {
 		"garbageclient": garbageClient,
 		"workerfleet":   workerFleet,
 		"simplebroker":  simpleBroker,
+		"patternwriter": patternWriter,
 	}
 	for _, a := range applets() {
 		commands[a.name] = main

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestAtScale holds the tests with so many or such large requests that they would take minutes with
@@ -25,6 +27,7 @@ func TestAtScale(t *testing.T) {
 	}{
 		{"50 MiB pass unchanged and are in memory twice at most", longBodiesPassUnchanged},
 		{"long replies are in memory twice at most, the second too", longRepliesAreInMemoryTwiceAtMost},
+		{"a stream of 1 GiB passes unchanged, at constant memory", longStreamPassesUnchanged},
 		{"the number of open descriptors stays the same", numberOfOpenDescriptorsStaysTheSame},
 		{"50,000 lines come out in order and take no more memory than 2,000", manyLinesComeOutInOrderAndTakeLittleMemory},
 		{"with --retries no line is lost when workers are killed", linesSurviveKilledWorkers},
@@ -97,6 +100,86 @@ func longRepliesAreInMemoryTwiceAtMost(t *testing.T) {
 		if err != nil || kib<<10 > 2*length+idleMemory {
 			t.Errorf("the peak of %s was %d MiB, %v", name, kib>>10, err)
 		}
+	}
+}
+
+// A pattern is an endless sequence of bytes. Each eight of them depend on their position.
+type pattern struct {
+	block [64 << 10]byte
+	words uint64 // so far
+}
+
+// next returns the next block. It is valid until the next call.
+func (p *pattern) next() []byte {
+	for i := 0; i < len(p.block); i += 8 {
+		binary.LittleEndian.PutUint64(p.block[i:], p.words*0x9e3779b97f4a7c15)
+		p.words++
+	}
+	return p.block[:]
+}
+
+// patternWriter is a helper program: it prints N blocks of the pattern, and rests after the first.
+func patternWriter() {
+	n, _ := strconv.Atoi(os.Args[1])
+	var p pattern
+	for i := range n {
+		if _, err := os.Stdout.Write(p.next()); err != nil {
+			os.Exit(1)
+		}
+		if i == 0 {
+			time.Sleep(200 * time.Millisecond)
+		}
+	}
+}
+
+func longStreamPassesUnchanged(t *testing.T) {
+	var want pattern
+	total := 1 << 30 / len(want.block)
+	s := newSystem(t)
+	service := s.start("bservice", "--heartbeat", "100ms", "--max-output", "0", "pattern", "patternwriter")
+	service.waitForLines(1, "service connected")
+	request := exec.Command("brequest", "--stream", "pattern", strconv.Itoa(total))
+	request.Env = append(os.Environ(), "BACKBONE_BROKER="+s.endpoint)
+	request.Stderr = os.Stderr
+	stdout, err := request.StdoutPipe()
+	if err == nil {
+		err = request.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer request.Process.Kill()
+
+	pids := map[string]int{"bbroker": s.broker.Process.Pid, "bservice": service.Process.Pid, "brequest": request.Process.Pid}
+	idle := map[string]int{}
+	block := make([]byte, len(want.block))
+	for i := range total {
+		if _, err := io.ReadFull(stdout, block); err != nil {
+			t.Fatalf("block %d: %v", i, err)
+		}
+		if !bytes.Equal(block, want.next()) {
+			t.Fatalf("block %d differs", i)
+		}
+		switch {
+		case i == 0: // The command rests.
+			for name, pid := range pids {
+				idle[name] = processMemory(t, pid, "VmHWM")
+			}
+		case i == total-32: // All tools run: a pipe holds less than what is left.
+			for name, pid := range pids {
+				if peak := processMemory(t, pid, "VmHWM"); peak == 0 || peak > idle[name]+32<<20 {
+					t.Errorf("the peak of %s was %d MiB, and %d MiB idle", name, peak>>20, idle[name]>>20)
+				}
+			}
+		case i%2048 == 0:
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
+	if rest, err := io.ReadAll(stdout); err != nil || len(rest) > 0 {
+		t.Errorf("%d more bytes came, %v", len(rest), err)
+	}
+	if err := request.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -28,7 +28,7 @@ and its exit status.
       --stdin            use the last argument of a request as standard input instead
       --timeout DURATION
                          end a command that takes longer (none; with --coproc: 30s)
-      --cancel           end a command when its client gives up or is gone
+      --cancel           end commands whose client is gone; those of streams always end
       --kill-after DURATION
                          send SIGTERM to a command that has to end, and SIGKILL when it
                          has ended to what is left of it, or this much later (2s)

@@ -10,16 +10,21 @@
  *	load clients  ENDPOINT N             connect N clients, each of which sends one request
  *	load waiting  ENDPOINT SERVICE N     send N requests of 100 bytes to a service without workers
  *	load services ENDPOINT NAME N        register N idle workers, for the services NAME0, NAME1, ...
+ *	load first N COMMAND... -- COMMAND...
+ *	                                     run both commands N times in turn; print the median milliseconds
+ *	                                     from the start of each to the first byte of its output
  *
  * If BACKBONE_BROKER_KEY is set, connections use it and a new key of their own.
  *
- * All modes except pipeline and sync print "ready" after setup and run until SIGTERM.
+ * All modes except pipeline, sync and first print "ready" after setup and run until SIGTERM.
  */
 #include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 #include <zmq.h>
 
 enum { MAX_FRAMES = 16 }; /* in a message */
@@ -206,6 +211,53 @@ static int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
+/* time_to_first_byte runs a command and returns the seconds until the first byte of its output. */
+static double time_to_first_byte(char **command)
+{
+	int ends[2], status;
+	double begin, seconds;
+	char byte;
+	pid_t pid;
+
+	check(pipe(ends) == 0, "pipe");
+	begin = now();
+	if ((pid = vfork()) == 0) {
+		dup2(ends[1], 1);
+		close(ends[0]);
+		close(ends[1]);
+		execvp(command[0], command);
+		_exit(127);
+	}
+	close(ends[1]);
+	check(pid > 0 && read(ends[0], &byte, 1) == 1, "first byte");
+	seconds = now() - begin;
+	while (read(ends[0], &byte, 1) > 0)
+		;
+	close(ends[0]);
+	check(waitpid(pid, &status, 0) == pid && status == 0, "command");
+	return seconds;
+}
+
+/* compare_first_bytes runs two commands, which -- separates, in turn. */
+static void compare_first_bytes(long n, char **first)
+{
+	char **second = first;
+	double *times[2] = {calloc(n, sizeof(double)), calloc(n, sizeof(double))};
+
+	while (*second != NULL && strcmp(*second, "--"))
+		second++;
+	check(*second != NULL, "two commands");
+	*second++ = NULL;
+	for (long i = 0; i < n; i++) {
+		times[0][i] = time_to_first_byte(first);
+		times[1][i] = time_to_first_byte(second);
+	}
+	for (int i = 0; i < 2; i++) {
+		qsort(times[i], n, sizeof(double), by_value);
+		printf("%.6g%c", times[i][n / 2] * 1e3, i ? '\n' : ' ');
+	}
+}
+
 int main(int argc, char **argv)
 {
 	const char *mode = argc > 2 ? argv[1] : "", *endpoint = argv[2];
@@ -213,6 +265,10 @@ int main(int argc, char **argv)
 	long last = argc > 3 ? atol(argv[argc - 1]) : 0, n = argc > 4 ? atol(argv[4]) : last;
 	void **sockets = calloc(last + 1, sizeof *sockets);
 
+	if (!strcmp(mode, "first")) {
+		compare_first_bytes(atol(argv[2]), argv + 3);
+		return 0;
+	}
 	memset(payload, 'x', sizeof payload);
 	context = zmq_ctx_new();
 	CHECK(zmq_ctx_set(context, ZMQ_MAX_SOCKETS, 20000));
