@@ -14,7 +14,7 @@ import (
 
 const (
 	// maxWindow is how many parts of a reply may be on their way from a service to its client. With parts of
-	// 64 KiB, 4 MiB are enough for 40 MB/s at a round trip of 0.1 s. The more requests a client has, the
+	// 64 KiB, 4 MiB are enough for 20 MB/s at a round trip of 0.1 s. The more requests a client has, the
 	// fewer parts of each: clientWindow in all, but minWindow of each.
 	maxWindow    = 64
 	minWindow    = 2

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,12 +61,13 @@ func (s *system) waitForStandstill() int {
 func counted(last int) []byte {
 	var lines bytes.Buffer
 	for i := 1; i <= last; i++ {
-		fmt.Fprintln(&lines, i)
+		lines.Write(append(strconv.AppendInt(lines.AvailableBuffer(), int64(i), 10), '\n'))
 	}
 	return lines.Bytes()
 }
 
 func TestStreamOfAKilledServiceFailsAndWhatWasPrintedStays(t *testing.T) {
+	t.Parallel()
 	s, _ := newHangingSystem(t)
 	service := s.startShellService("hang", "echo begun; "+hang)
 	request := s.stream("hang", "x")
@@ -78,6 +80,7 @@ func TestStreamOfAKilledServiceFailsAndWhatWasPrintedStays(t *testing.T) {
 }
 
 func TestStreamOfAKilledBrokerFailsAndItsCommandEnds(t *testing.T) {
+	t.Parallel()
 	s, _ := newHangingSystem(t)
 	service := s.startShellService("hang", "echo begun; "+hang)
 	request := s.stream("hang", "x")
@@ -94,6 +97,7 @@ func TestStreamOfAKilledBrokerFailsAndItsCommandEnds(t *testing.T) {
 }
 
 func TestStreamGoesOnWhileItsBrokerAndItsServiceStop(t *testing.T) {
+	t.Parallel()
 	s, release := newHangingSystem(t)
 	service := s.startShellService("hang", "echo begun; "+hang)
 	request := s.stream("hang", "x")
@@ -123,6 +127,7 @@ func TestClientThatGoesAwayEndsTheCommandOfItsStream(t *testing.T) {
 		"silence": {[]string{"--timeout", "300ms"}, 0, exitTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s, _ := newHangingSystem(t)
 			service := s.startShellService("hang", hang)
 			request := s.stream(append(end.flags, "hang", "x")...)
@@ -142,6 +147,7 @@ func TestClientThatGoesAwayEndsTheCommandOfItsStream(t *testing.T) {
 }
 
 func TestReaderThatGoesAwayEndsTheCommand(t *testing.T) {
+	t.Parallel()
 	s := newSystem(t)
 	s.startShellService("yes", `exec yes "$@"`)
 	request := s.start("sh", "-c", "brequest --stream yes x | head -1 >out")
@@ -163,6 +169,7 @@ func TestCancelEndsTheCommandsOfPlainRequestsAndOnlyThen(t *testing.T) {
 	} {
 		for _, cancel := range []bool{true, false} {
 			t.Run(fmt.Sprint(name, " with --cancel=", cancel), func(t *testing.T) {
+				t.Parallel()
 				s, release := newHangingSystem(t)
 				service := s.start("bservice", fmt.Sprint("--cancel=", cancel), "--heartbeat", "100ms", "hang", "sh", "-c", hang+"; echo finished >>runs", "sh")
 				request := s.start("brequest", append(end.flags, "hang", "x")...)
@@ -188,10 +195,11 @@ func TestCancelEndsTheCommandsOfPlainRequestsAndOnlyThen(t *testing.T) {
 }
 
 func TestClientThatStopsReadingHoldsTheCommandBackAndGetsEveryByte(t *testing.T) {
+	t.Parallel()
 	s, release := newHangingSystem(t)
 	s.startShellService("echo", `printf %s "$1"`)
 	s.startShellService("seq", "echo begun; "+hang+`; exec seq 1 "$1"`)
-	const last = 5_000_000
+	const last = 1_500_000
 	request := s.stream("seq", fmt.Sprint(last))
 	s.waitForOutput("begun\n")
 	request.signal(syscall.SIGSTOP)
@@ -209,6 +217,7 @@ func TestClientThatStopsReadingHoldsTheCommandBackAndGetsEveryByte(t *testing.T)
 }
 
 func TestForeignClientThatGrantsNoCreditGetsAStreamAsItReads(t *testing.T) {
+	t.Parallel()
 	s := newSystem(t)
 	s.start("bservice", "--heartbeat", "100ms", "--max-output", "0", "seq", "seq", "1")
 	s.waitForMetric("backbone_workers", 1)
@@ -219,7 +228,7 @@ func TestForeignClientThatGrantsNoCreditGetsAStreamAsItReads(t *testing.T) {
 	if err := client.Connect(s.endpoint); err != nil {
 		t.Fatal(err)
 	}
-	const last = 5_000_000
+	const last = 1_500_000
 	client.send("MDPC02", "\x01", "seq", fmt.Sprint(last))
 	want := counted(last)
 	if passed := s.waitForStandstill(); passed >= len(want) {

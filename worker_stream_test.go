@@ -406,7 +406,7 @@ func TestBoundOfAStreamIsThatOfItsTotal(t *testing.T) {
 		bound  size
 		length int
 		status int
-	}{{0, 100 << 20, 0}, {100 << 20, 100 << 20, 0}, {1 << 20, 1<<20 + 1, exitIO}} {
+	}{{0, 8 << 20, 0}, {8 << 20, 8 << 20, 0}, {1 << 20, 1<<20 + 1, exitIO}} {
 		c := testCommand("sh", "-c", `exec head -c "$1" /dev/zero`, "sh")
 		c.MaxOutput = test.bound
 		b := startStreams(t, c, false)
