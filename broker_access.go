@@ -134,7 +134,7 @@ func (b *Broker) SetAccess(access *accessList) {
 		}
 	}
 	for _, w := range b.workers {
-		if r := w.request; r != nil && !r.ended && !b.mayGoOn(r) && (r.partials || w.cancels) {
+		if r := w.request; r != nil && r.node != nil && !b.mayGoOn(r) { // It can be recalled.
 			b.giveUp(r, cancelledTotal, "its client may not call the service any more")
 			b.forbid(r, true)
 		}

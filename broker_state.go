@@ -283,7 +283,8 @@ func (b *Broker) receiveClient(c *brokerClient, address [][]byte, m Message, min
 
 // take accepts a request, which ends with end.
 func (b *Broker) take(r *brokerRequest) {
-	r.address, r.body = keep(r.address), keep(r.body)
+	keep(r.address)
+	keep(r.body)
 	if r.partials {
 		r.window = max(minWindow, min(maxWindow, clientWindow/(r.client.unfinished+1)))
 	}

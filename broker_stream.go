@@ -1,8 +1,6 @@
 package main
 
-import (
-	"strconv"
-)
+import "strconv"
 
 // Partial replies (MDP/0.2, RFC 18). A client that knows them gets each part as it comes, and no part is ever
 // dropped: a stream that cannot be passed on breaks, and its client is told. For other clients the broker
@@ -51,7 +49,8 @@ func (b *Broker) gather(r *brokerRequest, body [][]byte) {
 		return
 	}
 	r.begun = true
-	r.gathered = append(r.gathered, keep(body)...)
+	keep(body)
+	r.gathered = append(r.gathered, body...)
 	r.cost += cost
 	r.client.held += cost
 	b.held += cost

@@ -142,7 +142,10 @@ func (b *Broker) receiveReply(w *brokerWorker, body [][]byte) {
 	}
 	b.end(r)
 	if b.mayGoOn(r) {
-		b.deliver(r, slices.Concat(r.gathered, body))
+		if r.gathered != nil {
+			body = slices.Concat(r.gathered, body)
+		}
+		b.deliver(r, body)
 	} else {
 		b.forbid(r, true)
 	}

@@ -362,15 +362,13 @@ func framesOf(texts []string) [][]byte {
 	return frames
 }
 
-// keep returns frames that stay when those that a socket has lent do not.
-func keep(frames [][]byte) [][]byte {
-	kept := slices.Clone(frames)
-	for i, frame := range kept {
+// keep copies the frames of a message that a socket may only have lent, the long ones, in their place.
+func keep(frames [][]byte) {
+	for i, frame := range frames {
 		if len(frame) >= maxJoined {
-			kept[i] = bytes.Clone(frame)
+			frames[i] = bytes.Clone(frame)
 		}
 	}
-	return kept
 }
 
 // costOf returns the bytes that holding the frames takes, roughly: each frame has a header.

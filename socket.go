@@ -11,9 +11,9 @@ package main
 #cgo nocallback send_frames
 #cgo noescape send_frames
 #cgo nocallback close_frames
+#cgo noescape close_frames
 #cgo nocallback end_loans
 #cgo noescape end_loans
-#cgo noescape close_frames
 #include <errno.h>
 #ifdef __linux__
 #include <linux/tcp.h>
@@ -250,20 +250,20 @@ static uint64_t bytes_received(int fd) {
 	return 0;
 }
 
-// use_mmap lets free return the memory of long frames to the system at once, and keep what parts of streams
-// need again and again.
-static void use_mmap(void) {
-#ifdef __GLIBC__
-	mallopt(M_MMAP_THRESHOLD, 128 << 10);
-	mallopt(M_TRIM_THRESHOLD, 8 << 20);
-	mallopt(M_TOP_PAD, 1 << 20);
-#endif
-}
-
 // keep_memory keeps what is free at the end of the heap for the next frames.
 static void keep_memory(void) {
 #ifdef __GLIBC__
 	mallopt(M_TRIM_THRESHOLD, 8 << 20);
+#endif
+}
+
+// use_mmap lets free return the memory of long frames to the system at once, and keep what parts of streams
+// need again and again.
+static void use_mmap(void) {
+	keep_memory();
+#ifdef __GLIBC__
+	mallopt(M_MMAP_THRESHOLD, 128 << 10);
+	mallopt(M_TOP_PAD, 1 << 20);
 #endif
 }
 
