@@ -130,7 +130,7 @@ func (t *brokerTool) Run() error {
 	stops := stopSignals
 	if guard != nil {
 		// SIGHUP reads the file of --authorized again, as soon as anybody knows that the broker listens.
-		stops = slices.DeleteFunc(slices.Clone(stops), func(s os.Signal) bool { return s == syscall.SIGHUP })
+		stops = slices.DeleteFunc(slices.Clone(stops), func(s syscall.Signal) bool { return s == syscall.SIGHUP })
 		defer guard.onHangup()()
 		defer guard.handler.Close()
 	}
@@ -150,7 +150,7 @@ func (t *brokerTool) Run() error {
 		warnOfStrangers(log, bound)
 	}
 	stop, cancel := context.WithCancel(context.Background())
-	defer onSignals(stops, func(os.Signal) { cancel() })()
+	defer onSignals(stops, func(syscall.Signal) { cancel() })()
 	return runBroker(stop, router, t.brokerFlags, t.Grace, guard, log)
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/mattn/go-isatty"
@@ -158,7 +159,7 @@ func (t *requestTool) client(brokers []brokerAddress) (client *Client, restore f
 // interruptible returns a context that a signal ends.
 func interruptible() (stop context.Context, restore func()) {
 	stop, interrupt := context.WithCancelCause(context.Background())
-	return stop, onSignals(stopSignals, func(s os.Signal) { interrupt(signalled(s)) })
+	return stop, onSignals(stopSignals, func(s syscall.Signal) { interrupt(signalled(s)) })
 }
 
 // once makes a single request.
@@ -166,7 +167,7 @@ func (t *requestTool) once(brokers []brokerAddress) error {
 	c := t.console("brequest")
 	client, restore := t.client(brokers)
 	defer restore()
-	body, err := t.readBody(client.stop, c)
+	body, err := t.readBody(client.stop, os.Stdin, c)
 	if err != nil {
 		return err
 	}
@@ -217,18 +218,21 @@ func failureIn(reply Reply) error {
 	return &failure{status: reply.Status}
 }
 
-// readBody returns the frames of the request. It tells a person at a terminal that standard input is
-// still being read: once, because the terminal may belong to whoever writes it.
-func (t *requestTool) readBody(stop context.Context, c console) (body [][]byte, err error) {
+// readBody returns the frames of the request: the arguments, or else standard input. It tells a person at a
+// terminal that standard input is still being read: once, because the terminal may belong to whoever writes it.
+func (t *requestTool) readBody(stop context.Context, stdin *os.File, c console) (body [][]byte, err error) {
+	if !t.AllInput && (t.NoInput || len(t.Args) > 0 || isatty.IsTerminal(stdin.Fd())) {
+		return framesOf(t.Args), nil
+	}
 	done := make(chan struct{})
 	var read [][]byte
 	var readError error
 	go func() {
 		defer close(done)
-		read, readError = t.body(os.Stdin)
+		read, readError = t.readInput(stdin)
 	}()
 	var late <-chan time.Time
-	if isWatched(c) && !isatty.IsTerminal(os.Stdin.Fd()) {
+	if isWatched(c) && !isatty.IsTerminal(stdin.Fd()) {
 		late = time.After(patience)
 	}
 	for {
@@ -250,15 +254,11 @@ const patience = 2 * time.Second
 // which no command can be run, and as frames more input would need far more memory.
 const maxLines = 2 << 20
 
-// body returns the frames of the request: the arguments, or else standard input.
-func (t *requestTool) body(stdin *os.File) ([][]byte, error) {
-	body := framesOf(t.Args)
-	switch {
-	case t.AllInput:
+// readInput returns the frames of a request that has standard input.
+func (t *requestTool) readInput(stdin *os.File) ([][]byte, error) {
+	if t.AllInput {
 		input, err := readAll(stdin)
-		return append(body, input), inputFailure(err)
-	case t.NoInput, len(body) > 0, isatty.IsTerminal(stdin.Fd()):
-		return body, nil
+		return append(framesOf(t.Args), input), inputFailure(err)
 	}
 	input, err := io.ReadAll(io.LimitReader(stdin, maxLines+1))
 	switch {

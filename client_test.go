@@ -419,7 +419,7 @@ func TestArgumentsComeFromTheCommandLineOrElseFromStandardInput(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			stdin := fileWith(t, test.stdin)
-			body, err := test.tool.body(stdin)
+			body, err := test.tool.readBody(context.Background(), stdin, console{})
 			if err != nil || !reflect.DeepEqual(spell(body), test.want) {
 				t.Errorf("got %q, %v, want %q", body, err, test.want)
 			}
@@ -437,12 +437,12 @@ func TestInputThatNoCommandTakesAsArgumentsIsRefusedBeforeAllOfItIsRead(t *testi
 		t.Fatal(err)
 	}
 	defer endless.Close()
-	body, err := new(requestTool).body(endless)
+	body, err := new(requestTool).readBody(context.Background(), endless, console{})
 	if f := failureOf(err); body != nil || f.status != exitUsage || !strings.Contains(f.hint, "--each") || !strings.Contains(f.hint, "--stdin") {
 		t.Errorf("got %d frames, status %d, hint %q", len(body), f.status, f.hint)
 	}
 	most := fileWith(t, strings.Repeat("x\n", maxLines/2))
-	if body, err := new(requestTool).body(most); err != nil || len(body) != maxLines/2 {
+	if body, err := new(requestTool).readBody(context.Background(), most, console{}); err != nil || len(body) != maxLines/2 {
 		t.Errorf("got %d frames, %v", len(body), err)
 	}
 }

@@ -19,9 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
 	"strconv"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -75,10 +73,10 @@ func misuse(hint, format string, args ...any) error {
 }
 
 // signalled returns the failure of a tool that was ended by a signal.
-func signalled(s os.Signal) *failure {
-	f := &failure{status: exitSignal + int(s.(syscall.Signal))}
-	if s != syscall.SIGQUIT { // by which Go would print its goroutines
-		f.signal = s.(syscall.Signal)
+func signalled(s syscall.Signal) *failure {
+	f := &failure{status: exitSignal + int(s)}
+	if s != syscall.SIGQUIT { // which would leave a core
+		f.signal = s
 	}
 	return f
 }
@@ -173,41 +171,4 @@ const maxBackoff = 5 * time.Second
 // doubling up to maxBackoff.
 func backoff(failures int) time.Duration {
 	return min(maxBackoff, 100*time.Millisecond<<min(failures-1, 10))
-}
-
-// sameSignal is how long a signal counts as the same as the one before: timeout(1) and terminals
-// signal a process and then its group.
-const sameSignal = 300 * time.Millisecond
-
-// stopSignals ask a tool to stop, besides SIGTERM.
-var stopSignals = []os.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP}
-
-// onSignals calls the steps one after the other, one for each signal that asks the tool to stop:
-// SIGTERM and those of others that were not ignored at the start. Shells ignore SIGINT
-// for commands that a script starts with &, and nohup(1) ignores SIGHUP. Signals after the last step,
-// or after restore, end the process at once.
-func onSignals(others []os.Signal, steps ...func(os.Signal)) (restore func()) {
-	wanted := []os.Signal{syscall.SIGTERM}
-	for _, s := range others {
-		if !signal.Ignored(s) {
-			wanted = append(wanted, s)
-		}
-	}
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, wanted...)
-	restore = sync.OnceFunc(func() { signal.Stop(signals) })
-	go func() {
-		for _, step := range steps {
-			step(<-signals)
-			for same := time.After(sameSignal); same != nil; {
-				select {
-				case <-signals:
-				case <-same:
-					same = nil
-				}
-			}
-		}
-		restore()
-	}()
-	return restore
 }

@@ -8,12 +8,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
-	"syscall"
-	"time"
 
 	zmq "github.com/pebbe/zmq4"
 )
@@ -104,10 +101,7 @@ func exit(f *failure) {
 		os.Exit(0)
 	}
 	if f.signal != 0 {
-		// A shell ends its loop on Ctrl-C only if the signal ended the command.
-		signal.Reset(f.signal)
-		syscall.Kill(os.Getpid(), f.signal)
-		<-time.After(time.Second) // The signal may be delivered to another thread.
+		endBySignal(f.signal)
 	}
 	os.Exit(f.status)
 }

@@ -77,11 +77,7 @@ type pollWaiter struct {
 }
 
 func newPollWaiter() *pollWaiter {
-	// os.Pipe would start Go's poller, which costs a request time for nothing.
-	ends, err := openUninherited(func() ([]int, error) {
-		ends := make([]int, 2)
-		return ends, syscall.Pipe(ends)
-	})
+	ends, err := openPipe()
 	if err != nil {
 		return &pollWaiter{wakeFd: -1, err: fmt.Errorf("open a pipe: %w", err)}
 	}
@@ -229,6 +225,15 @@ func earlier(a, b time.Time) time.Time {
 		return b
 	}
 	return a
+}
+
+// openPipe returns the end to read of a pipe, and that to write. os.Pipe would start Go's poller, which costs a
+// request time for nothing.
+func openPipe() (ends []int, err error) {
+	return openUninherited(func() ([]int, error) {
+		ends := make([]int, 2)
+		return ends, syscall.Pipe(ends)
+	})
 }
 
 // openUninherited returns the descriptors that open opens, so that no command inherits them.

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	zmq "github.com/pebbe/zmq4"
@@ -130,12 +131,12 @@ func (t *serviceTool) Run() error {
 	stop, endSoon := context.WithCancel(context.Background())
 	abort, endNow := context.WithCancelCause(context.Background())
 	defer onSignals(stopSignals,
-		func(os.Signal) {
+		func(syscall.Signal) {
 			log.Info("service stopping", "grace", t.Grace)
 			endSoon()
 			time.AfterFunc(t.Grace, func() { endNow(nil) })
 		},
-		func(second os.Signal) { endNow(signalled(second)) },
+		func(second syscall.Signal) { endNow(signalled(second)) },
 	)()
 
 	if t.Jobs == 0 {
