@@ -96,6 +96,17 @@ type requestTool struct {
 	Args operands `arg:"" optional:"" passthrough:"partial"`
 }
 
+// parsePlain fills in the arguments of a request without flags, whose defaults are all zero. It returns false
+// if there may be flags: they stand before the first ARG, so only two arguments have to be looked at.
+func (t *requestTool) parsePlain(args []string) bool {
+	isFlag := func(arg string) bool { return strings.HasPrefix(arg, "-") }
+	if len(args) == 0 || slices.ContainsFunc(args[:min(2, len(args))], isFlag) {
+		return false
+	}
+	t.Name, t.Args = args[0], args[1:]
+	return true
+}
+
 func (t *requestTool) Run() error {
 	brokers, err := t.addresses()
 	if err != nil {

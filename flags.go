@@ -332,6 +332,16 @@ func (o operands) with(values ...string) []string {
 	return all
 }
 
+// parse fills in the flags and arguments of a tool.
+func parse(t command, args []string) error {
+	// Most requests have no flags, and kong would take longer than to connect to a broker.
+	if r, ok := t.(*requestTool); ok && r.parsePlain(args) {
+		return nil
+	}
+	_, err := newParser(t).Parse(args)
+	return err
+}
+
 // newParser returns a parser that fills in the flags of a tool.
 func newParser(t command) *kong.Kong {
 	return kong.Must(t, kong.NoDefaultHelp(),

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"reflect"
 	"slices"
 	"testing"
 	"time"
@@ -142,9 +143,29 @@ func TestFlagsEndAtTheFirstArgument(t *testing.T) {
 		{[]string{"s\xff", "\xfe"}, "s\xff", operands{"\xfe"}},
 	} {
 		var tool requestTool
-		_, err := newParser(&tool).Parse(test.args)
-		if err != nil || tool.Name != test.name || !slices.Equal(tool.Args, test.rest) {
+		if err := parse(&tool, test.args); err != nil || tool.Name != test.name || !slices.Equal(tool.Args, test.rest) {
 			t.Errorf("%q: got name %q, arguments %q, %v", test.args, tool.Name, tool.Args, err)
+		}
+	}
+}
+
+func TestRequestWithoutFlagsIsWhatKongMakesOfIt(t *testing.T) {
+	for _, args := range [][]string{
+		{"svc"}, {""}, {"svc", "a"}, {"svc", ""}, {"svc", "a", "-x", "--", "--each"}, {"s\xff", "a b", "\xfe", "-"},
+	} {
+		var plain, parsed requestTool
+		_, err := newParser(&parsed).Parse(args)
+		if !plain.parsePlain(args) || err != nil || plain.Name != parsed.Name || !slices.Equal(plain.Args, parsed.Args) {
+			t.Errorf("%q: got %+v, want %+v, %v", args, plain, parsed, err)
+		}
+		plain.Args, parsed.Args = nil, nil
+		if !reflect.DeepEqual(plain, parsed) {
+			t.Errorf("%q: got flags %+v, want %+v", args, plain, parsed)
+		}
+	}
+	for _, args := range [][]string{{}, {"-n", "svc"}, {"svc", "-n"}, {"svc", "--", "-l"}, {"svc", "-"}, {"--help"}} {
+		if tool := new(requestTool); tool.parsePlain(args) {
+			t.Errorf("%q was taken for a request without flags: %+v", args, tool)
 		}
 	}
 }

@@ -81,7 +81,7 @@ func run(argv []string) *failure {
 // run parses the arguments of the applet and does its work.
 func (a applet) run(args []string) *failure {
 	t := a.new()
-	_, err := newParser(t).Parse(args)
+	err := parse(t, args)
 	switch {
 	case err == nil:
 		err = t.Run()
