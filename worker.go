@@ -340,18 +340,21 @@ func (s *Service) serveSession(stop context.Context) (over, err error) {
 	defer waiter.Close()
 	defer context.AfterFunc(stop, waiter.Wake)()
 
-	replies := make(chan [][]byte, 1)
+	// One goroutine answers all requests. A new one for each would have to grow its stack each time.
+	answers, replies := make(chan func() [][]byte), make(chan [][]byte, 1)
+	defer close(answers)
+	go func() {
+		for answer := range answers {
+			replies <- answer()
+			waiter.Wake()
+		}
+	}()
 	current := &session{
 		Service:  s,
 		send:     broker.send,
 		received: broker.received,
 		wake:     waiter.Wake,
-		start: func(slot Handler, r Request) {
-			go func() {
-				replies <- s.answer(slot, r)
-				waiter.Wake()
-			}()
-		},
+		start:    func(slot Handler, r Request) { answers <- func() [][]byte { return s.answer(slot, r) } },
 	}
 	stopping := false
 	for {
