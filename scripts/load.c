@@ -10,15 +10,19 @@
  *	load clients  ENDPOINT N             connect N clients, each of which sends one request
  *	load waiting  ENDPOINT SERVICE N     send N requests of 100 bytes to a service without workers
  *	load services ENDPOINT NAME N        register N idle workers, for the services NAME0, NAME1, ...
- *	load first N COMMAND... -- COMMAND...
- *	                                     run both commands N times in turn; print the median milliseconds
- *	                                     from the start of each to the first byte of its output
+ *	load request  ENDPOINT SERVICE TEXT  send one request, as a program that does nothing else; print the reply
+ *	load turns N KEY COMMAND... [-- KEY COMMAND...]...
+ *	                                     run each command once, N times over; print each key and the median
+ *	                                     milliseconds from the start of its command to the end
+ *	load first N KEY COMMAND... [-- KEY COMMAND...]...
+ *	                                     the same, to the first byte of the output
  *
  * If BACKBONE_BROKER_KEY is set, connections use it and a new key of their own.
  *
- * All modes except pipeline, sync and first print "ready" after setup and run until SIGTERM.
+ * All modes except pipeline, sync, request, turns and first print "ready" after setup and run until SIGTERM.
  */
 #include <assert.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -122,16 +126,17 @@ static void close_frames(zmq_msg_t *frames, int n)
 		zmq_msg_close(&frames[n]);
 }
 
-static void send_request(void *socket, const char *service, size_t length)
+static void send_request(void *socket, const char *service, const char *body, size_t length)
 {
 	send_frame(socket, "", 0, 1);
 	send_frame(socket, client_protocol, 6, 1);
 	send_frame(socket, service, strlen(service), 1);
-	send_frame(socket, payload, length, 0);
+	send_frame(socket, body, length, 0);
 }
 
-/* receive_reply reads a reply and returns 1. With ZMQ_DONTWAIT, it returns 0 if there is none. */
-static int receive_reply(void *socket, int flags)
+/* receive_reply reads a reply, prints its body to a file unless that is NULL, and returns 1. With
+ * ZMQ_DONTWAIT, it returns 0 if there is none. */
+static int receive_reply(void *socket, int flags, FILE *file)
 {
 	zmq_msg_t frames[MAX_FRAMES];
 	int n = receive(socket, frames, flags);
@@ -141,6 +146,8 @@ static int receive_reply(void *socket, int flags)
 		fprintf(stderr, "load: unexpected reply of %d frames\n", n);
 		exit(1);
 	}
+	if (file != NULL)
+		fwrite(zmq_msg_data(&frames[3]), 1, zmq_msg_size(&frames[3]), file);
 	close_frames(frames, n);
 	return 1;
 }
@@ -211,50 +218,67 @@ static int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* time_to_first_byte runs a command and returns the seconds until the first byte of its output. */
-static double time_to_first_byte(char **command)
+/* time_of runs a command and returns the seconds from its start to its end, or to the first byte of its
+ * output. */
+static double time_of(char **command, int first_byte)
 {
-	int ends[2], status;
-	double begin, seconds;
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC), ends[2] = {null, null}, status;
+	double begin, seconds = 0;
 	char byte;
 	pid_t pid;
 
-	check(pipe(ends) == 0, "pipe");
+	check(null >= 0 && (!first_byte || pipe(ends) == 0), "pipe");
 	begin = now();
 	if ((pid = vfork()) == 0) {
+		dup2(null, 0);
 		dup2(ends[1], 1);
-		close(ends[0]);
-		close(ends[1]);
 		execvp(command[0], command);
 		_exit(127);
 	}
-	close(ends[1]);
-	check(pid > 0 && read(ends[0], &byte, 1) == 1, "first byte");
-	seconds = now() - begin;
-	while (read(ends[0], &byte, 1) > 0)
-		;
-	close(ends[0]);
-	check(waitpid(pid, &status, 0) == pid && status == 0, "command");
+	check(pid > 0, "vfork");
+	if (first_byte) {
+		close(ends[1]);
+		check(read(ends[0], &byte, 1) == 1, command[0]);
+		seconds = now() - begin;
+		while (read(ends[0], &byte, 1) > 0)
+			;
+		close(ends[0]);
+	}
+	check(waitpid(pid, &status, 0) == pid, "waitpid");
+	if (!first_byte)
+		seconds = now() - begin;
+	if (status != 0) {
+		fprintf(stderr, "load: %s failed\n", command[0]);
+		exit(1);
+	}
+	close(null);
 	return seconds;
 }
 
-/* compare_first_bytes runs two commands, which -- separates, in turn. */
-static void compare_first_bytes(long n, char **first)
+/* compare runs commands in turn. Each has its key in front, and -- separates them. */
+static void compare(long n, char **words, int first_byte)
 {
-	char **second = first;
-	double *times[2] = {calloc(n, sizeof(double)), calloc(n, sizeof(double))};
+	enum { MAX_COMMANDS = 32 };
+	char **commands[MAX_COMMANDS];
+	double *times[MAX_COMMANDS];
+	int count = 0;
 
-	while (*second != NULL && strcmp(*second, "--"))
-		second++;
-	check(*second != NULL, "two commands");
-	*second++ = NULL;
-	for (long i = 0; i < n; i++) {
-		times[0][i] = time_to_first_byte(first);
-		times[1][i] = time_to_first_byte(second);
+	while (*words != NULL) {
+		assert(count < MAX_COMMANDS);
+		times[count] = calloc(n, sizeof(double));
+		commands[count++] = words;
+		while (*words != NULL && strcmp(*words, "--"))
+			words++;
+		assert(words - commands[count - 1] > 1); /* a key and a command */
+		if (*words != NULL)
+			*words++ = NULL;
 	}
-	for (int i = 0; i < 2; i++) {
-		qsort(times[i], n, sizeof(double), by_value);
-		printf("%.6g%c", times[i][n / 2] * 1e3, i ? '\n' : ' ');
+	for (long i = 0; i < n; i++)
+		for (int c = 0; c < count; c++)
+			times[c][i] = time_of(commands[c] + 1, first_byte);
+	for (int c = 0; c < count; c++) {
+		qsort(times[c], n, sizeof(double), by_value);
+		printf("%s %.6g\n", commands[c][0], times[c][n / 2] * 1e3);
 	}
 }
 
@@ -265,13 +289,14 @@ int main(int argc, char **argv)
 	long last = argc > 3 ? atol(argv[argc - 1]) : 0, n = argc > 4 ? atol(argv[4]) : last;
 	void **sockets = calloc(last + 1, sizeof *sockets);
 
-	if (!strcmp(mode, "first")) {
-		compare_first_bytes(atol(argv[2]), argv + 3);
+	if (!strcmp(mode, "turns") || !strcmp(mode, "first")) {
+		compare(atol(argv[2]), argv + 3, !strcmp(mode, "first"));
 		return 0;
 	}
 	memset(payload, 'x', sizeof payload);
 	context = zmq_ctx_new();
-	CHECK(zmq_ctx_set(context, ZMQ_MAX_SOCKETS, 20000));
+	/* The first socket takes the memory for all: no more than are needed. */
+	CHECK(zmq_ctx_set(context, ZMQ_MAX_SOCKETS, strcmp(mode, "request") ? last + 2 : 2));
 
 	if (!strcmp(mode, "workers") && argc == 5) {
 		for (int i = 0; i < n; i++)
@@ -305,14 +330,14 @@ int main(int argc, char **argv)
 	} else if (!strcmp(mode, "pipeline") && argc == 6) {
 		void *socket = dealer(endpoint);
 		double begin;
-		send_request(socket, argv[3], sizeof payload); /* connects before the measurement begins */
-		receive_reply(socket, 0);
+		send_request(socket, argv[3], payload, sizeof payload); /* connects before the measurement begins */
+		receive_reply(socket, 0, NULL);
 		begin = now();
 		for (long sent = 0, done = 0; done < n;) {
 			for (; sent < n && sent - done < last; sent++)
-				send_request(socket, argv[3], sizeof payload);
-			done += receive_reply(socket, 0);
-			while (done < sent && receive_reply(socket, ZMQ_DONTWAIT))
+				send_request(socket, argv[3], payload, sizeof payload);
+			done += receive_reply(socket, 0, NULL);
+			while (done < sent && receive_reply(socket, ZMQ_DONTWAIT, NULL))
 				done++;
 		}
 		printf("%.6f\n", now() - begin);
@@ -321,26 +346,30 @@ int main(int argc, char **argv)
 		double *times = calloc(n + 1, sizeof *times);
 		for (long i = 0; i <= n; i++) {
 			double begin = now();
-			send_request(socket, argv[3], sizeof payload);
-			receive_reply(socket, 0);
+			send_request(socket, argv[3], payload, sizeof payload);
+			receive_reply(socket, 0, NULL);
 			times[i] = now() - begin;
 		}
 		qsort(times + 1, n, sizeof *times, by_value); /* excludes the first request, which connects */
 		printf("%.9f\n", times[1 + n / 2]);
+	} else if (!strcmp(mode, "request") && argc == 5) {
+		void *socket = dealer(endpoint);
+		send_request(socket, argv[3], argv[4], strlen(argv[4]));
+		receive_reply(socket, 0, stdout);
 	} else if (!strcmp(mode, "clients") && argc == 4) {
 		for (int i = 0; i < n; i++)
-			send_request(sockets[i] = dealer(endpoint), "mmi.service", sizeof payload);
+			send_request(sockets[i] = dealer(endpoint), "mmi.service", payload, sizeof payload);
 		for (int i = 0; i < n; i++)
-			receive_reply(sockets[i], 0);
+			receive_reply(sockets[i], 0, NULL);
 		print_ready();
 		zmq_poll(NULL, 0, -1);
 	} else if (!strcmp(mode, "waiting") && argc == 5) {
 		void *socket = dealer(endpoint);
 		for (long i = 0; i < n; i++)
-			send_request(socket, argv[3], sizeof payload);
+			send_request(socket, argv[3], payload, sizeof payload);
 		/* The reply to this request shows that the broker has received all the others. */
-		send_request(socket, "mmi.service", sizeof payload);
-		receive_reply(socket, 0);
+		send_request(socket, "mmi.service", payload, sizeof payload);
+		receive_reply(socket, 0, NULL);
 		print_ready();
 		zmq_poll(NULL, 0, -1);
 	} else {
