@@ -404,7 +404,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			}
 		}
 		for begin, now := time.Now(), time.Now(); router.readable && now.Sub(begin) < maxTurn; now = time.Now() {
-			frames, from, err := router.receiveFrom(true)
+			frames, from, err := router.receiveFrom()
 			if err != nil {
 				return err
 			}

@@ -594,7 +594,7 @@ func TestPortIsShutWhenTheGuardIsGone(t *testing.T) {
 				if message, err := router.RecvMessageBytes(0); err != nil || string(message[2]) != "MDPC01" {
 					t.Errorf("received %q, %v", message, err)
 				}
-			} else if message, _, err := router.receiveFrom(true); message != nil || err != nil {
+			} else if message, _, err := router.receiveFrom(); message != nil || err != nil {
 				t.Errorf("received %q, %v", message, err)
 			}
 		})

@@ -12,8 +12,6 @@ package main
 #cgo noescape send_frames
 #cgo nocallback close_frames
 #cgo noescape close_frames
-#cgo nocallback end_loans
-#cgo noescape end_loans
 #include <errno.h>
 #ifdef __linux__
 #include <linux/tcp.h>
@@ -38,6 +36,7 @@ typedef struct {
 	zmq_msg_t frames[MAX_FRAMES];
 	struct { void *data; size_t size; int lent; } views[MAX_FRAMES];
 	int count, more;
+	int source; // the descriptor of the connection that they came over, or -1
 	zmq_msg_t lent[MAX_LENT];
 	int lends, lent_count;
 } frame_batch;
@@ -64,8 +63,11 @@ static zmq_msg_t *lent_frame(frame_batch *batch, const void *data) {
 	return NULL;
 }
 
-// receive_frames receives frames of one message. It returns 0 or an errno.
+// receive_frames receives frames of one message. If it is a new one, the loans of the last one end. It returns
+// 0 or an errno.
 static int receive_frames(uintptr_t socket, frame_batch *batch) {
+	if (!batch->more)
+		end_loans(batch);
 	for (batch->count = 0, batch->more = 1; batch->more && batch->count < MAX_FRAMES; batch->count++) {
 		zmq_msg_t *frame = &batch->frames[batch->count];
 		zmq_msg_init(frame);
@@ -77,6 +79,7 @@ static int receive_frames(uintptr_t socket, frame_batch *batch) {
 		batch->more = zmq_msg_more(frame);
 		batch->views[batch->count].lent = lend(batch, frame);
 	}
+	batch->source = batch->count > 1 ? zmq_msg_get(&batch->frames[1], ZMQ_SRCFD) : -1;
 	return 0;
 }
 
@@ -217,11 +220,6 @@ static int send_frames(uintptr_t socket, frame_batch *batch, const char *data, c
 				return i == 0 ? errno : -errno;
 	}
 	return 0;
-}
-
-// source_of returns the descriptor of the connection that a message came over, or -1.
-static int source_of(frame_batch *batch) {
-	return batch->count > 1 ? zmq_msg_get(&batch->frames[1], ZMQ_SRCFD) : -1;
 }
 
 // user_of returns the user that the ZAP handler named when it admitted the peer that a message came from,
@@ -467,15 +465,14 @@ type sender struct {
 
 // receive returns the next message, or nil if there is none.
 func (s *socket) receive() (frames [][]byte, err error) {
-	frames, _, err = s.receiveFrom(false)
+	frames, _, err = s.receiveFrom()
 	return frames, err
 }
 
-// receiveFrom returns the next message, or nil if there is none, and who sent it if that is wanted. A
-// message with more than maxFrames is cut off one frame behind them.
-func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err error) {
+// receiveFrom returns the next message, or nil if there is none, and who sent it. A message with more than
+// maxFrames is cut off one frame behind them.
+func (s *socket) receiveFrom() (frames [][]byte, from sender, err error) {
 	s.drained, from.source = false, -1
-	C.end_loans(s.batch)
 	for more := true; more; {
 		errno := C.receive_frames(s.handle, s.batch)
 		if errno != 0 {
@@ -486,8 +483,8 @@ func (s *socket) receiveFrom(wantSender bool) (frames [][]byte, from sender, err
 			}
 			return nil, from, fmt.Errorf("receive: %w", zmq.Errno(errno))
 		}
-		if wantSender && frames == nil {
-			from.source = int(C.source_of(s.batch))
+		if frames == nil {
+			from.source = int(s.batch.source)
 			if s.knowsUsers {
 				if user := C.user_of(s.batch); user != nil {
 					from.user, from.admitted = parseUserID(C.GoString(user))
