@@ -321,7 +321,7 @@ func (r routerOutlet) send(frames [][]byte, queue peerQueue) error {
 
 func (r routerOutlet) updateConnections()         { r.update() }
 func (r routerOutlet) newQueue() peerQueue        { return newSendQueue(r.waker) }
-func (r routerOutlet) queued() size               { return queuedForAll() }
+func (r routerOutlet) queued() size               { return r.waker.queued() }
 func (r routerOutlet) received(source int) uint64 { return bytesReceived(source) }
 
 const (
@@ -374,7 +374,7 @@ func runBroker(stop context.Context, router *socket, flags brokerFlags, grace ti
 			log.Info("broker stopping", "in_flight", inFlight, "refused", broker.unfinished-inFlight, "grace", grace)
 		}
 		deadline := broker.Tick(now)
-		memory.keep(broker.held, queuedForAll())
+		memory.keep(broker.held, waker.queued())
 		if !graceEnd.IsZero() {
 			end := graceEnd
 			if broker.Drained() {

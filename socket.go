@@ -88,8 +88,9 @@ static void close_frames(frame_batch *batch) {
 		zmq_msg_close(&batch->frames[batch->count - 1]);
 }
 
-// A waker wakes a broker when a peer has read. It is never freed: ZeroMQ may still hold messages.
-typedef struct { pthread_mutex_t mutex; int fd, woken; } waker;
+// A waker wakes a broker when a peer has read. It counts the bytes that ZeroMQ holds for all peers. It is
+// never freed: ZeroMQ may still hold messages.
+typedef struct { pthread_mutex_t mutex; int fd, woken; int64_t bytes; } waker;
 
 static waker *new_waker(int fd) {
 	waker *w = calloc(1, sizeof *w);
@@ -120,10 +121,9 @@ static void close_waker(waker *w) {
 	pthread_mutex_unlock(&w->mutex);
 }
 
-// A send_queue counts the bytes that ZeroMQ holds for one peer, and all_queued those for all. Its waker is
-// told once when no more than low bytes are left, unless that is -1.
+// A send_queue counts the bytes that ZeroMQ holds for one peer. Its waker is told once when no more than low
+// bytes are left, unless that is -1.
 typedef struct { int64_t bytes, low; waker *waker; int references; } send_queue;
-static int64_t all_queued;
 
 static send_queue *new_queue(waker *waker) {
 	send_queue *queue = calloc(1, sizeof *queue);
@@ -137,10 +137,6 @@ static void release_queue(send_queue *queue) {
 	if (__atomic_sub_fetch(&queue->references, 1, __ATOMIC_ACQ_REL) == 0)
 		free(queue);
 }
-
-static int64_t queued(int64_t *bytes) { return __atomic_load_n(bytes, __ATOMIC_RELAXED); }
-static int64_t queued_for(send_queue *queue) { return queued(&queue->bytes); }
-static int64_t queued_for_all(void) { return queued(&all_queued); }
 
 static void wake_if_low(send_queue *queue) {
 	int64_t low = __atomic_load_n(&queue->low, __ATOMIC_SEQ_CST);
@@ -160,7 +156,7 @@ typedef struct { send_queue *queue; int64_t cost; zmq_msg_t lent; char data[]; }
 
 static void count_queued(send_queue *queue, int64_t cost) {
 	__atomic_add_fetch(&queue->bytes, cost, __ATOMIC_SEQ_CST);
-	__atomic_add_fetch(&all_queued, cost, __ATOMIC_RELAXED);
+	__atomic_add_fetch(&queue->waker->bytes, cost, __ATOMIC_RELAXED);
 }
 
 // free_counted is called by ZeroMQ's I/O thread once the frame was written to the connection or
@@ -281,6 +277,7 @@ import (
 	"reflect"
 	"runtime/debug"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -415,7 +412,7 @@ type sendQueue struct{ counter *C.send_queue }
 
 func newSendQueue(w *queueWaker) *sendQueue { return &sendQueue{C.new_queue(w.waker)} }
 
-func (q *sendQueue) size() size { return size(C.queued_for(q.counter)) }
+func (q *sendQueue) size() size { return loadBytes(&q.counter.bytes) }
 
 // notify wakes the waker of the queue once it is down to low bytes or less.
 func (q *sendQueue) notify(low size) { C.notify_when_low(q.counter, C.int64_t(low)) }
@@ -423,7 +420,7 @@ func (q *sendQueue) notify(low size) { C.notify_when_low(q.counter, C.int64_t(lo
 // close ends the use of the queue. ZeroMQ keeps it for what it still holds.
 func (q *sendQueue) close() { C.release_queue(q.counter) }
 
-// A queueWaker wakes a pollWaiter when a queue is as low as its notify wants it.
+// A queueWaker wakes a pollWaiter when one of its queues is as low as its notify wants it.
 type queueWaker struct{ waker *C.waker }
 
 func newQueueWaker(w *pollWaiter) *queueWaker {
@@ -433,11 +430,14 @@ func newQueueWaker(w *pollWaiter) *queueWaker {
 // woken tells whether the waiter was woken since the last time.
 func (w *queueWaker) woken() bool { return C.take_wake(w.waker) != 0 }
 
+// queued returns the bytes in all of its queues.
+func (w *queueWaker) queued() size { return loadBytes(&w.waker.bytes) }
+
 // close ends the use of the waiter. ZeroMQ may still hold messages.
 func (w *queueWaker) close() { C.close_waker(w.waker) }
 
-// queuedForAll returns the bytes in all queues.
-func queuedForAll() size { return size(C.queued_for_all()) }
+// loadBytes returns a count of bytes that other threads change. It needs no call into C, which takes longer.
+func loadBytes(bytes *C.int64_t) size { return size(atomic.LoadInt64((*int64)(bytes))) }
 
 // bytesReceived returns the number of bytes that a TCP connection has received, or 0 if that is
 // unknown.
