@@ -67,8 +67,11 @@ func (g *grant) holder() string {
 
 func matchesAny(globs []string, name string) bool {
 	return slices.ContainsFunc(globs, func(glob string) bool {
+		if glob == "*" {
+			return true
+		}
 		ok, err := path.Match(glob, name)
-		return ok && err == nil || glob == "*"
+		return ok && err == nil
 	})
 }
 
