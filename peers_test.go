@@ -955,6 +955,27 @@ const { BackboneService } = require('backbone');
 	})
 }
 
+// zeromq rejects what it was asked for with EAGAIN if the connection breaks at that moment.
+func TestClientAsksZeroMQAgainAfterEAGAIN(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t)
+	s.startShellService("echo", `printf %s "$1"`)
+	output, err := s.inlineCommand("javascript", `
+const { Dealer } = require('zeromq');
+for (const name of ['send', 'receive']) {
+  const original = Dealer.prototype[name];
+  let calls = 0;
+  Object.defineProperty(Dealer.prototype, name, { value(...args) {
+    return calls++ ? original.apply(this, args) : Promise.reject(Object.assign(new Error(name), { code: 'EAGAIN' }));
+  } });
+}
+const { BackboneClient } = require('backbone');
+new BackboneClient().send('echo', 'again').then(reply => console.log(String(reply)), console.log).finally(process.exit);`).Output()
+	if err != nil || string(output) != "again\n" {
+		t.Errorf("it printed %q, %v", output, err)
+	}
+}
+
 func TestCloseEndsClientsAndServicesInAnyLanguage(t *testing.T) {
 	t.Parallel()
 	programs := map[string]string{

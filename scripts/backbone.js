@@ -340,6 +340,31 @@ function dealer(endpoint, keys, tool, watch = () => {}) {
   return socket;
 }
 
+/** Sends a message. */
+const send = (socket, message) => again(socket, () => socket.send(message));
+
+/** Resolves to the next message. */
+const receive = socket => again(socket, () => socket.receive());
+
+/** Yields the messages of a socket until it is closed. */
+async function* messagesOf(socket) {
+  while (!socket.closed) {
+    const message = await receive(socket).catch(error => { if (!socket.closed) throw error; });
+    if (message) yield message;
+  }
+}
+
+/** Repeats an operation of a socket if zeromq rejects it because the connection for it has just broken. */
+async function again(socket, operation) {
+  for (;;) {
+    try {
+      return await operation();
+    } catch (error) {
+      if (error.code !== 'EAGAIN' || socket.closed) throw error;
+    }
+  }
+}
+
 /**
  * Returns a promise that rejects with the reason if the broker takes no connection of a socket because of
  * the keys. Call it before the socket connects.
@@ -553,7 +578,7 @@ class Connection {
 
   /** Sends a message in the protocol that is its first frame. */
   send(protocol, ...frames) {
-    const sent = this.socket.send(protocol === CLIENT ? ['', CLIENT, ...frames] : [CLIENT02, CLIENT_REQUEST, ...frames]);
+    const sent = send(this.socket, protocol === CLIENT ? ['', CLIENT, ...frames] : [CLIENT02, CLIENT_REQUEST, ...frames]);
     sent.catch(() => {}); // it rejects when the socket is closed
     return this.until(sent);
   }
@@ -561,7 +586,7 @@ class Connection {
   /** Resolves to the next message, or to nothing after patience, if it is given. */
   async receive(patience) {
     if (!this.arrival) {
-      this.arrival = this.socket.receive();
+      this.arrival = receive(this.socket);
       this.arrival.catch(() => {});
     }
     let timer;
@@ -760,8 +785,8 @@ class Attempt {
   }
 
   async ask({ socket }) {
-    await socket.send(['', CLIENT, 'mmi.service', this.name]);
-    const answer = (await socket.receive()).map(String);
+    await send(socket, ['', CLIENT, 'mmi.service', this.name]);
+    const answer = (await receive(socket)).map(String);
     if (socket !== this.connection.socket || this.connection.lost) return;
     this.verdict = answer.length === 4 && answer[3] === '404' ? VACANT : SERVES;
     this.changed();
@@ -1405,7 +1430,7 @@ class Session {
 
   pass(message) {
     // zeromq allows only one send at a time.
-    this.sent = this.sent.then(() => this.socket.send(message)).catch(() => {});
+    this.sent = this.sent.then(() => send(this.socket, message)).catch(() => {});
   }
 
   register() {
@@ -1441,7 +1466,7 @@ class Session {
   }
 
   async receive() {
-    for await (let frames of this.socket) {
+    for await (let frames of messagesOf(this.socket)) {
       this.heard = Date.now();
       if (frames[0].length === 0) frames = frames.slice(1); // the broker of Dispatchr Backbone may omit it
       const [protocol, command, ...rest] = frames.map(String);
