@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"strconv"
@@ -21,6 +23,7 @@ func TestMain(m *testing.M) {
 		"workerfleet":   workerFleet,
 		"simplebroker":  simpleBroker,
 		"patternwriter": patternWriter,
+		"terminalsh":    terminalShell,
 	}
 	for _, a := range applets() {
 		commands[a.name] = main
@@ -51,6 +54,25 @@ func TestScripts(t *testing.T) {
 			"signalled": signalledCommand,
 		},
 	})
+}
+
+// terminalShell runs sh, and waits until all of its output on the terminal was read: testscript reads no more once
+// a command has ended. A terminal holds some 10 KiB that were not read, so more empty lines push the rest out.
+func terminalShell() {
+	shell := exec.Command("sh", os.Args[1:]...)
+	shell.Stdin, shell.Stdout, shell.Stderr = os.Stdin, os.Stdout, os.Stderr
+	shell.Run()
+	terminal, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	raw := exec.Command("stty", "-opost") // no carriage return before a newline
+	raw.Stdin = terminal
+	if err = errors.Join(err, raw.Run()); err == nil {
+		_, err = terminal.Write(bytes.Repeat([]byte("\n"), 64<<10))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(shell.ProcessState.ExitCode())
 }
 
 // statusCommand runs a program and checks its exit status: status N PROGRAM [ARG...].
