@@ -40,6 +40,15 @@ func (r *fakeRouter) sendParts(token string, n int) {
 	r.sent = nil
 }
 
+// spendCredit lets the worker of a stream send n parts. The client gives no credit, so the broker gives as much
+// after the last one.
+func (r *fakeRouter) spendCredit(token string, n int) {
+	r.t.Helper()
+	r.sendParts(token, n-1)
+	r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
+	r.expect(part("C", "dump", "x"), credit(token, fmt.Sprint(n)))
+}
+
 func TestClientsAndWorkersOfBothVersionsMeet(t *testing.T) {
 	requests := map[string][]string{
 		"0.1":                       {"C", "", "MDPC01", "echo", "hello"},
@@ -248,9 +257,7 @@ func TestBrokerGivesCreditForAClientThatGivesNoneAsItReads(t *testing.T) {
 	r := newFakeRouter(t)
 	token := r.beginStream()
 	const half = maxWindow / 2
-	r.sendParts(token, half-1)
-	r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
-	r.expect(part("C", "dump", "x"), credit(token, fmt.Sprint(half)))
+	r.spendCredit(token, half)
 
 	r.MaxMemory = 1 << 30
 	queue := r.queues["C"]
@@ -286,9 +293,7 @@ func TestCreditOfTheBrokerIsNotGivenAgain(t *testing.T) {
 	r := newFakeRouter(t)
 	token := r.beginStream()
 	const half = maxWindow / 2
-	r.sendParts(token, half-1)
-	r.from(streamWorker, "MDPW02", "\x03", token, "", "x")
-	r.expect(part("C", "dump", "x"), credit(token, fmt.Sprint(half)))
+	r.spendCredit(token, half)
 	grant := func(parts int, answer string) {
 		t.Helper()
 		r.from("C", "MDPC02", "\x01", "mmi.credit", fmt.Sprint(parts))

@@ -66,12 +66,20 @@ func counted(last int) []byte {
 	return lines.Bytes()
 }
 
+// newHangingStream returns a system, its service, and a request whose stream has begun. The stream stands still until
+// release is called.
+func newHangingStream(t *testing.T) (s *system, service, request *childProcess, release func()) {
+	t.Helper()
+	s, release = newHangingSystem(t)
+	service = s.startShellService("hang", "echo begun; "+hang)
+	request = s.stream("hang", "x")
+	s.waitForOutput("begun\n")
+	return s, service, request, release
+}
+
 func TestStreamOfAKilledServiceFailsAndWhatWasPrintedStays(t *testing.T) {
 	t.Parallel()
-	s, _ := newHangingSystem(t)
-	service := s.startShellService("hang", "echo begun; "+hang)
-	request := s.stream("hang", "x")
-	s.waitForOutput("begun\n")
+	s, service, request, _ := newHangingStream(t)
 	service.signal(syscall.SIGKILL)
 	request.waitForLines(1, "bbroker: hang: the worker was lost")
 	if got := request.waitForExit(); got != exitUnavailable || s.output() != "begun\n" {
@@ -81,10 +89,7 @@ func TestStreamOfAKilledServiceFailsAndWhatWasPrintedStays(t *testing.T) {
 
 func TestStreamOfAKilledBrokerFailsAndItsCommandEnds(t *testing.T) {
 	t.Parallel()
-	s, _ := newHangingSystem(t)
-	service := s.startShellService("hang", "echo begun; "+hang)
-	request := s.stream("hang", "x")
-	s.waitForOutput("begun\n")
+	s, service, request, _ := newHangingStream(t)
 	s.broker.signal(syscall.SIGKILL)
 	request.waitForLines(1, "brequest: hang: lost the broker")
 	if got := request.waitForExit(); got != exitUnavailable || s.output() != "begun\n" {
@@ -98,10 +103,7 @@ func TestStreamOfAKilledBrokerFailsAndItsCommandEnds(t *testing.T) {
 
 func TestStreamGoesOnWhileItsBrokerAndItsServiceStop(t *testing.T) {
 	t.Parallel()
-	s, release := newHangingSystem(t)
-	service := s.startShellService("hang", "echo begun; "+hang)
-	request := s.stream("hang", "x")
-	s.waitForOutput("begun\n")
+	s, service, request, release := newHangingStream(t)
 	s.broker.signal(syscall.SIGTERM)
 	s.broker.waitForLines(1, "broker stopping")
 	service.signal(syscall.SIGTERM)
