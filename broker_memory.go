@@ -15,7 +15,7 @@ type memoryKeeper struct {
 }
 
 // memoryMargin is what a broker takes besides the requests and replies that it holds, in bytes.
-const memoryMargin = 32 << 20
+const memoryMargin = 28 << 20
 
 func newMemoryKeeper(max size) *memoryKeeper {
 	returnLongFrames()
